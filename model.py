@@ -1,0 +1,563 @@
+"""The encoder, and its weights in and out. Read bottom-up: files, configuration, layers, the model, loading.
+
+Shapes, everywhere in this project: N sentences, T tokens, H hidden size, h heads, d = H / h, B bottleneck, V vocabulary.
+"""
+import contextlib
+import json
+import math
+import mmap
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import nn
+
+
+class InputError(Exception):
+    """What the user gave cannot be used. The message names the file, the value, what was expected and the fix."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+def sync(path):
+    """Flush a file or a folder to disk: a rename is only durable once its folder is, too."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary name beside `path`, a file's or a folder's; on success it takes the place of `path` in one
+    rename, on failure it goes. A kill at any moment leaves the old content or the new, never a part.
+
+    Raises: InputError where the disk is full or not writable, naming the path; what was at `path` stays."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(f".{path.name}.tmp*"):                      # left by a kill in an earlier save
+            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
+        tmp = Path(tempfile.mktemp(prefix=f".{path.name}.tmp", dir=path.parent))
+        try:
+            yield tmp
+            for file in ([*tmp.rglob("*")] if tmp.is_dir() else []) + [tmp]:
+                sync(file)
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.replace(tmp, path)
+            sync(path.parent)
+        finally:
+            if tmp.exists():
+                shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink()
+    except OSError as e:
+        raise InputError(f"{path}: cannot write ({e.strerror or e}); nothing there was changed. "
+                         "Free some space or choose another folder, then run the same command again") from e
+
+
+def read_json(path):
+    """The object in a JSON file. Raises: InputError naming the file if it is missing, malformed or not an object."""
+    try:
+        value = json.loads(Path(path).read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not readable as JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def _no_duplicates(pairs):
+    keys = [k for k, _ in pairs]
+    if len(keys) != len(set(keys)):
+        raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
+    return dict(pairs)
+
+
+def _count(value):
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2 ** 62
+
+
+def read_safetensors(path):
+    """(tensors by name, metadata) of a safetensors file. Tensors are views of a private mapping of the file: a page
+    costs memory when it is first touched, and nothing is copied. Raises: InputError with the file and the reason."""
+    def check(ok, reason):
+        if not ok:
+            raise InputError(f"{path}: not a valid safetensors file: {reason}. Fetch or export it again")
+
+    try:
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            check(size >= 8, f"{size} bytes, too short for a header")
+            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as e:
+        raise InputError(f"{path}: cannot read ({e.strerror})") from None
+    length = int.from_bytes(data[:8], "little")
+    check(length <= size - 8, f"header of {length} bytes in a file of {size}; the file is truncated or damaged")
+    try:
+        header = json.loads(data[8:8 + length].decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as e:
+        check(False, f"unreadable header ({e})")
+    check(isinstance(header, dict), "the header is no JSON object")
+    meta = header.pop("__metadata__", {})
+    check(isinstance(meta, dict) and all(isinstance(v, str) for v in meta.values()), "metadata must map text to text")
+
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        check(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}, f"{name!r} needs exactly dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        check(isinstance(dtype, str) and dtype in DTYPES, f"{name!r} has dtype {dtype!r}, known are {', '.join(DTYPES)}")
+        check(isinstance(shape, list) and all(map(_count, shape)), f"{name!r} has shape {shape!r}")
+        check(isinstance(offsets, list) and len(offsets) == 2 and all(map(_count, offsets)), f"{name!r} has offsets {offsets!r}")
+        (a, b), n = offsets, math.prod(shape)
+        check(a <= b <= size - 8 - length, f"{name!r} ends at byte {b} of {size - 8 - length}; the file is truncated or damaged")
+        check(b - a == n * DTYPES[dtype].itemsize, f"{name!r} is {dtype} {shape} but has {b - a} bytes")
+        spans.append((a, b, name))
+        start, kind = 8 + length + a, DTYPES[dtype]
+        if n == 0:
+            tensors[name] = torch.empty(shape, dtype=kind)
+        elif start % kind.itemsize:                                             # a foreign writer: align by a copy
+            tensors[name] = torch.frombuffer(bytearray(data[start:start + b - a]), dtype=kind).view(shape)
+        else:
+            tensors[name] = torch.frombuffer(data, dtype=kind, count=n, offset=start).view(shape)
+    end = 0
+    for a, b, name in sorted(spans):
+        check(a == end, f"{name!r} starts at byte {a}, expected {end}: tensors overlap or leave a hole")
+        end = b
+    check(end == size - 8 - length, f"{size - 8 - length - end} bytes after the last tensor")
+    return tensors, meta
+
+
+def write_safetensors(path, tensors, meta=None):
+    """Write tensors by name as one safetensors file, atomically; the same tensors give the same bytes."""
+    names, header, offset = {v: k for k, v in DTYPES.items()}, {"__metadata__": {"format": "pt", **(meta or {})}}, 0
+    # Widest dtypes first keeps every tensor aligned to its own item size; names break ties.
+    order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))
+    for name in order:
+        t = tensors[name]
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset := offset + t.numel() * t.dtype.itemsize]}
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path) as tmp, open(tmp, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            f.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+
+
+# -------------------------------------------------------------------------------------------------------- configuration
+POOLINGS = ("mean", "cls", "max", "mean_sqrt_len")
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu,
+               "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of an encoder. Field names are those of Hugging Face's config.json where it has them."""
+    vocab_size: int                       # V, rows of the word table
+    hidden_size: int                      # H
+    num_hidden_layers: int                # K, unique layers
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    model_type: str = "bert"              # bert: positions 0..T-1; roberta, xlm-roberta: pad_id + 1, + 2, ...
+    type_vocab_size: int = 1
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"              # exact (erf) GELU
+    pad_token_id: int = 0                 # the tokenizer's; this word row stays zero and has no gradient
+    dropout: float = 0.0                  # in training only; presets set it
+    recurrence: int = 1                   # R: the K layers are applied R times in the order 1..K, 1..K, ...
+    bottleneck_size: int = 0              # B; 0: no bottleneck, the word table is (V, H)
+    pooling: str = "mean"
+    normalize: bool = False               # encode() returns unit vectors (a sentence-transformers Normalize module)
+    max_seq_length: int = 128             # tokens, start and end included
+    do_lower_case: bool = False           # lower-case before the tokenizer (sentence_bert_config.json)
+
+    @property
+    def first_position(self):
+        return self.pad_token_id + 1 if self.model_type != "bert" else 0
+
+
+REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
+
+
+def read_config(folder, pad_id, table, layers):
+    """The Config of a model directory: config.json, completed by sentence-transformers' modules.json and its kin.
+
+    pad_id: the tokenizer's; table: shape of the word table in the weights; layers: how many layers the weights hold.
+    Both repair what a config.json of the authors' students does not say: B, K and R."""
+    root, folder, pooling, normalize = Path(folder), Path(folder), None, None
+    if (root / "modules.json").exists():
+        folder, pooling, normalize = _modules(root)
+    file = folder / "config.json"
+    raw = read_json(file)
+
+    def check(ok, name, expected):
+        if not ok:
+            raise InputError(f"{file}: {name} is {raw.get(name)!r}, expected {expected}")
+
+    check(raw.get("model_type") in FAMILIES, "model_type", f"one of {', '.join(FAMILIES)}; other families are not supported")
+    for name in REQUIRED:
+        check(_count(raw.get(name)) and raw[name] > 0, name, "a positive whole number")
+    check(raw["hidden_size"] % raw["num_attention_heads"] == 0, "num_attention_heads", f"a divisor of hidden_size {raw['hidden_size']}")
+    raw.setdefault("hidden_act", "gelu")
+    check(isinstance(raw["hidden_act"], str) and raw["hidden_act"] in ACTIVATIONS, "hidden_act", f"one of {', '.join(ACTIVATIONS)}")
+    check(raw.get("position_embedding_type", "absolute") == "absolute", "position_embedding_type", "'absolute'")
+    check(raw.get("is_decoder", False) is False, "is_decoder", "false")
+    eps = raw.get("layer_norm_eps", 1e-12)
+    check(isinstance(eps, float) and 0 < eps < 1, "layer_norm_eps", "a small positive number")
+    for name, default in (("recurrence", None), ("bottleneck_size", None), ("type_vocab_size", 2)):
+        raw.setdefault(name, default)
+        check(raw[name] is None or _count(raw[name]), name, "a whole number")
+    # The authors' students keep the assistant's config.json: their depth K x R is its num_hidden_layers.
+    depth, K = raw["num_hidden_layers"], layers
+    R = raw["recurrence"] or (depth // K if K and depth % K == 0 else 1)
+    check(K == depth or (raw["recurrence"] is None and K * R == depth), "num_hidden_layers", f"{K}, the layers in the weights")
+    check(raw["vocab_size"] == table[0], "vocab_size", f"{table[0]}, the rows of the word table in the weights")
+    B = table[1] if table[1] != raw["hidden_size"] or raw["bottleneck_size"] else 0
+    check(raw["bottleneck_size"] in (None, B), "bottleneck_size", f"{B}, the width of the word table in the weights")
+    family = "bert" if raw["model_type"] == "bert" else raw["model_type"]
+    if family != "bert":                                # positions hang on it, so a disagreement cannot be repaired
+        check(raw.get("pad_token_id", pad_id) == pad_id, "pad_token_id", f"{pad_id}, the tokenizer's, as positions count from it")
+    config = Config(**{k: raw[k] for k in REQUIRED if k != "num_hidden_layers"}, num_hidden_layers=K, recurrence=R, bottleneck_size=B,
+                    model_type=family, type_vocab_size=raw["type_vocab_size"], layer_norm_eps=eps, hidden_act=raw["hidden_act"],
+                    pad_token_id=pad_id, pooling=pooling or raw.get("pooling", "mean"),
+                    normalize=raw.get("normalize", False) if normalize is None else normalize)
+    check(config.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}")
+    check(isinstance(config.normalize, bool), "normalize", "true or false")
+    return replace(config, **_text_settings(root, folder, raw, config))
+
+
+def _modules(root):
+    """(folder of the transformer, pooling, normalize) from a sentence-transformers modules.json."""
+    try:
+        modules = json.loads((root / "modules.json").read_text("utf-8"))
+        kinds = [(m["type"].rsplit(".", 1)[-1], root / m["path"]) for m in modules]
+    except (ValueError, RecursionError, OSError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{root / 'modules.json'}: not a list of modules with type and path ({e})") from None
+    names = [k for k, _ in kinds]
+    for name in names:
+        if name not in ("Transformer", "Pooling", "Normalize"):
+            raise InputError(f"{root / 'modules.json'}: module {name} is not supported, only Transformer, Pooling, Normalize")
+    if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise InputError(f"{root / 'modules.json'}: modules {names}, expected Transformer, Pooling and perhaps Normalize, in this order")
+    file = kinds[1][1] / "config.json"
+    raw = read_json(file)
+    flags = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len"}
+    modes = [raw["pooling_mode"]] if "pooling_mode" in raw else [flags.get(k, k) for k, v in raw.items() if k.startswith("pooling_mode_") and v]
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise InputError(f"{file}: pooling {modes}, expected exactly one of {', '.join(POOLINGS)}")
+    return kinds[0][1], modes[0], len(names) == 3
+
+
+def _text_settings(root, folder, raw, config):
+    """Maximum length and lower-casing: ours in config.json, sentence-transformers' beside it."""
+    settings, file = raw, folder / "config.json"
+    if (root / "modules.json").exists() and (folder / "sentence_bert_config.json").exists():
+        settings, file = read_json(folder / "sentence_bert_config.json"), folder / "sentence_bert_config.json"
+    limit = config.max_position_embeddings - config.first_position
+    tokens, lower = settings.get("max_seq_length") or limit, settings.get("do_lower_case") or False
+    if not _count(tokens) or tokens < 3 or not isinstance(lower, bool):
+        raise InputError(f"{file}: max_seq_length {tokens!r}, do_lower_case {lower!r}; expected a whole number over 2, and true or false")
+    return {"max_seq_length": min(tokens, limit), "do_lower_case": lower}
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+class Linear(nn.Linear):
+    """A linear map whose weights follow the dtype of its input. Master weights stay float32 and are cast once a call:
+    autocast does the same with more copies, which cost more than the products at these sizes."""
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Embeddings(nn.Module):
+    """Ids to vectors. With a bottleneck the word table is (V, B), followed by a map B -> H without bias."""
+    def __init__(self, c):
+        super().__init__()
+        self.config, width = c, c.bottleneck_size or c.hidden_size
+        self.word = nn.Embedding(c.vocab_size, width, padding_idx=c.pad_token_id)
+        self.project = Linear(width, c.hidden_size, bias=False) if c.bottleneck_size else None
+        self.position = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        self.token_type = nn.Embedding(c.type_vocab_size, c.hidden_size)
+        self.norm = LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+
+    def forward(self, ids, dtype):                                                     # ids (N, T)
+        c = self.config
+        if c.model_type == "bert":
+            position = torch.arange(ids.shape[1], device=ids.device)                   # (T,)
+        else:                                                                          # pads stay at pad_id
+            real = (ids != c.pad_token_id).long()
+            position = real.cumsum(1) * real + c.pad_token_id                          # (N, T)
+        x = self.word(ids).to(dtype)                                                   # (N, T, B or H)
+        x = self.project(x) if self.project is not None else x
+        x = x + (self.position(position) + self.token_type.weight[0]).to(dtype)        # type id 0: one segment
+        return F.dropout(self.norm(x), c.dropout, self.training)                       # (N, T, H)
+
+
+def plain_attention(q, k, v, bias, dropout=0.0):
+    """softmax(q k' / sqrt(d) + bias) v, written out; q, k, v (N, h, T, d), bias (N, 1, 1, T) or None.
+
+    The training path on CPU: at sentence lengths SDPA's backward pass there costs more than these two products."""
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                             # (N, h, T, T)
+    weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
+    return F.dropout(weights, dropout, dropout > 0) @ v                                # (N, h, T, d)
+
+
+class Layer(nn.Module):
+    """One post-LayerNorm transformer layer, as in BERT."""
+    def __init__(self, c):
+        super().__init__()
+        H, self.config = c.hidden_size, c
+        self.qkv, self.out, self.norm1 = Linear(H, 3 * H), Linear(H, H), LayerNorm(H, eps=c.layer_norm_eps)
+        self.up, self.down, self.norm2 = Linear(H, c.intermediate_size), Linear(c.intermediate_size, H), LayerNorm(H, eps=c.layer_norm_eps)
+
+    def forward(self, x, bias):                                                        # x (N, T, H)
+        c, (N, T, H) = self.config, x.shape
+        p = c.dropout if self.training else 0.0
+        q, k, v = self.qkv(x).view(N, T, 3, c.num_attention_heads, -1).permute(2, 0, 3, 1, 4)   # each (N, h, T, d)
+        if torch.is_grad_enabled() and x.device.type == "cpu":
+            a = plain_attention(q, k, v, bias, p)
+        else:
+            a = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=p)
+        a = self.out(a.transpose(1, 2).reshape(N, T, H))                               # heads side by side again
+        x = self.norm1(x + F.dropout(a, p, self.training))
+        y = self.down(ACTIVATIONS[c.hidden_act](self.up(x)))
+        return self.norm2(x + F.dropout(y, p, self.training))
+
+
+def pool(x, mask, how):
+    """(N, T, H) -> (N, H) float32 over the real tokens, start and end included. The only pooling in this project."""
+    x, m = x.float(), mask.unsqueeze(-1).float()                                       # m (N, T, 1)
+    if how == "cls":
+        return x[:, 0]
+    if how == "max":
+        return x.masked_fill(m == 0, -math.inf).amax(1)
+    n = m.sum(1).clamp(min=1)
+    return (x * m).sum(1) / (n if how == "mean" else n.sqrt())
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+class Encoder(nn.Module):
+    """Sentences to vectors: embedding block, K layers applied R times, pooling."""
+    def __init__(self, config, tokenizer=None, dtype=torch.float32):
+        super().__init__()
+        self.config, self.dtype = config, dtype                # dtype of the arithmetic; the weights have their own
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.tokenizer = tokenizer
+        if tokenizer is not None:
+            tokenizer.no_padding()
+            tokenizer.enable_truncation(config.max_seq_length)
+
+    @property
+    def device(self):
+        return self.embeddings.word.weight.device
+
+    def hidden(self, ids, mask, layers=True):
+        """ids, mask (N, T) -> (N, T, H). layers=False stops after the embedding block (stage 2)."""
+        x = self.embeddings(ids, self.dtype)
+        bias = None if mask.all() else torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)[:, None, None]
+        for _ in range(self.config.recurrence if layers else 0):
+            for layer in self.layers:                          # cycle order 1..K, 1..K, ...
+                x = layer(x, bias)
+        return x
+
+    def forward(self, ids, mask, layers=True):
+        """ids, mask (N, T) -> sentence vectors (N, H), float32, before any Normalize."""
+        return pool(self.hidden(ids, mask, layers), mask, self.config.pooling)
+
+    def tokenize(self, texts):
+        """Texts -> (flat ids (sum of lengths,) uint32, starts (n + 1,) int64), truncated to max_seq_length."""
+        texts = [t.strip() for t in texts]
+        texts = [t.lower() for t in texts] if self.config.do_lower_case else texts
+        ids = [e.ids for e in self.tokenizer.encode_batch_fast(texts)]
+        starts = np.concatenate([[0], np.cumsum([len(i) for i in ids], dtype=np.int64)])
+        return np.concatenate([np.asarray(i, np.uint32) for i in ids] + [np.zeros(0, np.uint32)]), starts
+
+    @torch.inference_mode()
+    def embed(self, flat, starts, layers=True, budget=4096):
+        """Vectors (n, H) float32, in input order, of tokenised sentences; before any Normalize.
+
+        Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory stays bounded."""
+        was_training, lengths = self.training, np.diff(starts)
+        self.eval()
+        order, out, i = np.argsort(-lengths, kind="stable"), np.empty((len(lengths), self.config.hidden_size), np.float32), 0
+        while i < len(order):
+            rows = order[i:i + max(1, budget // int(lengths[order[i]]))]
+            ids, mask = (torch.from_numpy(a).to(self.device) for a in pad(flat, starts, rows, self.config.pad_token_id))
+            out[rows] = self(ids, mask, layers).cpu().numpy()
+            i += len(rows)
+        self.train(was_training)
+        return out
+
+    def encode(self, texts, normalize=None):
+        """list of str -> float32 array (n, H) in input order. normalize: unit vectors; None: as the model's files say."""
+        if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
+            raise TypeError("encode() takes a list of strings")
+        out = self.embed(*self.tokenize(texts))
+        unit = self.config.normalize if normalize is None else normalize
+        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12) if unit else out
+
+    def save(self, folder):
+        """Write a self-describing model directory, atomically: config.json, tokenizer.json, model.safetensors (float32).
+        Names are Hugging Face's, so a model without bottleneck and recurrence opens there as well."""
+        c = {**vars(self.config), "position_embedding_type": "absolute", "hidden_dropout_prob": self.config.dropout, "attention_probs_dropout_prob": self.config.dropout}
+        with atomic(folder) as tmp:
+            tmp.mkdir()
+            (tmp / "config.json").write_text(json.dumps(c, indent=1, sort_keys=True) + "\n", "utf-8")
+            (tmp / "tokenizer.json").write_text(self.tokenizer.to_str(pretty=True), "utf-8")
+            write_safetensors(tmp / "model.safetensors", {k: v.float() for k, v in to_hf(self.state_dict()).items()})
+
+
+def pad(flat, starts, rows, pad_id):
+    """Rows of a flat token store -> ids (N, T) int64 and mask (N, T) bool, without a Python loop over sentences."""
+    start, n = starts[rows], starts[rows + 1] - starts[rows]                           # (N,)
+    t = np.arange(max(int(n.max()), 1))
+    mask = t < n[:, None]                                                              # (N, T)
+    ids = np.full(mask.shape, pad_id, np.int64)
+    ids[mask] = flat[(start[:, None] + t)[mask]]
+    return ids, mask
+
+
+# ------------------------------------------------------------------------------------------------------ weights by name
+NAMES = {"embeddings.word.": "embeddings.word_embeddings.", "embeddings.project.": "embeddings.word_embeddings_2.",   # _2: the authors' name
+         "embeddings.position.": "embeddings.position_embeddings.", "embeddings.token_type.": "embeddings.token_type_embeddings.",
+         "embeddings.norm.": "embeddings.LayerNorm.", "layers.": "encoder.layer.", ".out.": ".attention.output.dense.",
+         ".norm1.": ".attention.output.LayerNorm.", ".up.": ".intermediate.dense.", ".down.": ".output.dense.", ".norm2.": ".output.LayerNorm."}
+QKV = ["attention.self.query", "attention.self.key", "attention.self.value"]
+
+
+def to_hf(state):
+    """Our names to Hugging Face's; the fused qkv (3H, H) becomes query, key and value. For weights and gradients alike."""
+    out = {}
+    for name, t in state.items():
+        for ours, theirs in NAMES.items():
+            name = name.replace(ours, theirs, 1)
+        names = [name.replace("qkv", part) for part in QKV] if "qkv" in name else [name]
+        out.update(zip(names, t.chunk(len(names))))
+    return out
+
+
+def from_hf(tensors):
+    """Hugging Face's names to ours: the inverse of to_hf. Names it does not know pass through, for a strict load to list."""
+    out = {}
+    for name, t in tensors.items():
+        if QKV[1] in name or QKV[2] in name:
+            continue
+        if QKV[0] in name:
+            parts = [tensors.get(name.replace(QKV[0], part)) for part in QKV]
+            if any(p is None for p in parts):
+                raise InputError(f"{name} stands without its key and value")
+            name, t = name.replace(QKV[0], "qkv"), torch.cat(parts)
+        for ours, theirs in sorted(NAMES.items(), key=lambda item: -len(item[1])):
+            name = name.replace(theirs, ours, 1)
+        out[name] = t
+    return out
+
+
+def read_weights(folder):
+    """All tensors of a directory by our names, pooler and position_ids left out, from one file or its shards."""
+    folder = Path(folder)
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if file.exists():
+        tensors = read_safetensors(file)[0]
+    elif index.exists():
+        shards, tensors = read_json(index).get("weight_map"), {}
+        if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
+            raise InputError(f"{index}: weight_map must map tensor names to files beside it")
+        for shard in sorted(set(shards.values())):
+            part = read_safetensors(folder / shard)[0]
+            if set(part) != {k for k, s in shards.items() if s == shard}:
+                raise InputError(f"{folder / shard}: its tensors are not those that {index.name} lists for it")
+            tensors.update(part)
+    else:
+        old = next((n for n in ("pytorch_model.bin", "tf_model.h5", "model.ckpt.index") if (folder / n).exists()), None)
+        raise InputError(f"{file}: no such file" + (f"; {old} is there, but it may run code when read. Convert it once, with transformers: "
+                         f"AutoModel.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})" if old else ""))
+    tensors = {k.removeprefix("bert.").removeprefix("roberta.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v for k, v in tensors.items()}
+    return from_hf({k: v for k, v in tensors.items() if not k.startswith("pooler.") and not k.endswith("position_ids")})
+
+
+def read_tokenizer(folder):
+    """(tokenizer, pad id) of a directory: tokenizer.json, its pad token, and start and end tokens that it adds itself."""
+    folder = Path(folder)
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        old = next((n for n in ("sentencepiece.bpe.model", "spiece.model", "vocab.txt", "vocab.json") if (folder / n).exists()), None)
+        raise InputError(f"{file}: no such file" + (f"; {old} is there. Convert it once, with transformers: "
+                         f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})" if old else ""))
+    try:
+        tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
+    except Exception as e:                                       # tokenizers raises bare Exception; this re-raises with the name
+        raise InputError(f"{file}: not a readable tokenizer ({e})") from None
+    names = [read_json(f).get("pad_token") for f in (folder / "special_tokens_map.json", folder / "tokenizer_config.json") if f.exists()]
+    names = [n.get("content") if isinstance(n, dict) else n for n in names] + ["<pad>", "[PAD]"]
+    pad_id = next((i for n in names if isinstance(n, str) and (i := tokenizer.token_to_id(n)) is not None), None)
+    if pad_id is None:
+        raise InputError(f"{file}: no pad token (looked for {', '.join(repr(n) for n in dict.fromkeys(names) if n)}); batches cannot be formed without one")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if len(tokenizer.encode("").ids) < 2:
+        raise InputError(f"{file}: adds no start and end tokens to a sentence; its post_processor is missing. Save it again with transformers")
+    return tokenizer, pad_id
+
+
+def best_dtype(device):
+    """(dtype, why): bfloat16 where the device multiplies it faster than float32."""
+    if torch.device(device).type == "cuda":
+        return (torch.bfloat16, "the GPU has bfloat16 units") if torch.cuda.is_bf16_supported() else (torch.float32, "the GPU has no bfloat16 units")
+    for has, name in ((torch.cpu._is_amx_tile_supported(), "AMX"), (torch.cpu._is_avx512_bf16_supported(), "AVX512-BF16")):
+        if has:
+            return torch.bfloat16, f"the CPU has {name}"
+    return torch.float32, "the CPU has no bfloat16 units"
+
+
+def load(folder, dtype=None, device=None, train=False):
+    """An Encoder from a model directory: this project's, sentence-transformers', plain Hugging Face (BERT and RoBERTa
+    families), or the authors' students. Never runs code from a file.
+
+    dtype: 'float32', 'bfloat16' or None, the best on this device. train: keep float32 master weights whatever the dtype.
+    Raises: InputError naming the file and the fix for anything missing, damaged or unsupported."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such model directory")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise InputError(f"dtype {dtype!r}: expected 'float32', 'bfloat16' or None")
+    kind = getattr(torch, dtype) if dtype else best_dtype(device)[0]
+    body = _modules(root)[0] if (root / "modules.json").exists() else root
+    tokenizer, pad_id = read_tokenizer(body)
+    state = read_weights(body)
+    table = state.get("embeddings.word.weight")
+    if table is None or table.dim() != 2:
+        raise InputError(f"{body / 'model.safetensors'}: no 2-dimensional embeddings.word_embeddings.weight in it; not an encoder of a supported family")
+    layers = len({k.split(".")[1] for k in state if k.startswith("layers.")})
+    config = read_config(root, pad_id, table.shape, layers)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise InputError(f"{body / 'tokenizer.json'}: {tokenizer.get_vocab_size()} tokens, but the word table has {config.vocab_size} rows; they are not of one model")
+    with torch.device("meta"):                                   # shapes only: the weights are the file's, not copies
+        model = Encoder(config, tokenizer, kind)
+    want = {k: v.shape for k, v in model.state_dict().items()}
+    faults = [f"missing {k}" for k in want if k not in state] + [f"unexpected {k}" for k in state if k not in want] + [
+        f"{k} has shape {tuple(state[k].shape)}, expected {tuple(s)}" for k, s in want.items() if k in state and state[k].shape != s]
+    if faults:
+        raise InputError(f"{body}: the weights do not fit config.json: {'; '.join(faults[:12])}" + (f"; and {len(faults) - 12} more" if len(faults) > 12 else ""))
+    model.load_state_dict({k: v.to(torch.float32 if train else kind) for k, v in state.items()}, assign=True)
+    return model.to(device).requires_grad_(train).train(train)

@@ -1,0 +1,321 @@
+"""Multi-stage cross-lingual distillation (Ding et al., Findings of NAACL 2022, arXiv 2209.05869), in the paper's order:
+losses, stages, presets, the models of each stage, evaluation, and what one does with a finished student.
+
+    python msd.py similarity DIR "sentence" "Satz"      python msd.py search DIR corpus.txt "query" [--top 5]
+    python msd.py encode DIR < lines > vectors.npy      python msd.py info DIR
+"""
+import argparse
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import pre_tokenizers
+
+from data import read_lines
+from model import Config, Encoder, InputError, load
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+def mse(x, y):
+    """Mean squared error over batch and dimensions; x, y (N, H)."""
+    return (x - y).square().mean()
+
+
+def cos_matrix(x, y):
+    """Cosines of all rows of x (N, H) with all rows of y (M, H): (N, M)."""
+    return F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T
+
+
+def contrastive(S_s, S_t, T_s):
+    """The soft contrastive loss of stage 4: mean_ij (cos(S(s_i), S(t_j)) - cos(T(s_i), T(s_j)))^2; all (N, H).
+
+    The teacher's own similarities in the batch are the target, diagonal included: no temperature, no hard negatives."""
+    return mse(cos_matrix(S_s, S_t), cos_matrix(T_s, T_s))                             # both (N, N)
+
+
+# --------------------------------------------------------------------------------------------------------------- stages
+@dataclass(frozen=True)
+class Stage:
+    """One row of the paper's schedule."""
+    title: str
+    trains: str               # assistant or student
+    source: str               # who gives the targets: teacher or assistant
+    layers: bool              # False: the embedding blocks alone, pooled, on both sides of the loss
+    own: bool                 # True: each side has its own target; False: the English side's serves both
+    contrast: bool = False    # add the contrastive loss
+
+
+STAGES = {
+    1: Stage("teaching assistant", "assistant", "teacher", layers=True, own=False),
+    2: Stage("align the bottleneck", "student", "assistant", layers=False, own=True),
+    3: Stage("distil", "student", "assistant", layers=True, own=True),
+    4: Stage("multilingual contrastive learning", "student", "teacher", layers=True, own=False, contrast=True),
+}
+
+
+def stage_loss(stage, model, s, t, y_s, y_t=None, contrast=True):
+    """The loss terms of one stage for a batch, to be summed 1:1:1: {"en": ..., "tr": ..., and "mcl" in stage 4}.
+
+    stage: 1 to 4. s, t: (ids, mask), each (N, T), of English sentences and translations. y_s, y_t: targets (N, H) of the
+    two sides (STAGES[stage].source gives them; y_t is unused where the English side's serves both)."""
+    X_s, X_t = model(*s, layers=STAGES[stage].layers), model(*t, layers=STAGES[stage].layers)     # (N, H) each
+    terms = {"en": mse(X_s, y_s), "tr": mse(X_t, y_t if STAGES[stage].own else y_s)}
+    if STAGES[stage].contrast and contrast:
+        terms["mcl"] = contrastive(X_s, X_t, y_s)
+    return terms
+
+
+# -------------------------------------------------------------------------------------------------------------- presets
+@dataclass(frozen=True)
+class Preset:
+    """Everything a run needs to know. Every field is a flag of train.py; tuples hold stages 1 to 4."""
+    bottleneck: int                           # B; 0 keeps the assistant's full word table and skips stage 2
+    layers: int                               # K, unique layers of the student
+    recurrence: int                           # R, times they are applied
+    lr: tuple = (16e-5, 16e-5, 16e-5, 16e-5)  # peak learning rates
+    batch: tuple = (64, 128, 64, 64)          # pairs a step
+    epochs: tuple = (20, 10, 10, 60)          # passes over the pairs; fractions are allowed
+    init: str = "svd"                         # start of the bottleneck: svd (of the assistant's table) or paper (noise)
+    targets: str = "raw"                      # teacher's vectors: raw (before any Normalize), unit, or scaled (unit x sqrt(H))
+    dropout: float = 0.1
+    max_tokens: int = 128
+    max_chars: int = 250                      # longer sentences are dropped
+    max_lines: int = 500_000                  # read at most so many lines of a file
+    vocab: int = 32_000                       # pieces, where the assistant's vocabulary is trained here
+    warmup: float = 0.1                       # share of a stage's steps
+    weight_decay: float = 0.01                # not on biases and LayerNorm
+    clip: float = 1.0                         # gradient norm
+
+
+PRESETS = {
+    "demo": Preset(32, 2, 2, lr=(2e-3, 4e-3, 2e-3, 2e-3), epochs=(0.3, 0.3, 0.15, 0.3), dropout=0.0, vocab=4000),
+    "minilm": Preset(128, 6, 2, batch=(64, 256, 64, 64)),
+    "xlmr": Preset(128, 3, 4, lr=(16e-5, 16e-5, 8e-5, 16e-5)),
+}
+
+# The demo's own teacher, trained on the built-in scores; train.py sets the vocabulary.
+DEMO_TEACHER = Config(0, 128, 4, 4, 512, 64, model_type="bert", pad_token_id=1, max_seq_length=64)
+DEMO_TEACHER_STEPS = 600
+
+
+# ------------------------------------------------------------------------------------------------ the models of a stage
+def init_weights(model, generator, std=0.02):
+    """BERT's random start: normal(0, std), LayerNorm at identity, biases and the pad row at zero."""
+    for name, p in model.named_parameters():
+        with torch.no_grad():
+            if "norm" in name:
+                p.fill_(float(name.endswith("weight")))
+            elif name.endswith("bias"):
+                p.zero_()
+            else:
+                p.normal_(0, std, generator=generator)
+    model.embeddings.word.weight.data[model.config.pad_token_id] = 0
+    return model
+
+
+@torch.no_grad()
+def make_assistant(teacher, tokenizer, pad_id):
+    """Where no multilingual checkpoint exists: the teacher's body with a new vocabulary, for stage 1 to train.
+
+    Each new piece starts at the mean of the teacher's pieces for its text; special tokens take over the teacher's rows,
+    so what the teacher knows of English survives: piece by piece the two read nearly the same."""
+    word, old = teacher.embeddings.word.weight, teacher.tokenizer                      # (V, H)
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda x: x[1])
+    pieces = [p.replace("▁", " ").strip() for p, _ in vocab]
+    ids = [e.ids for e in old.encode_batch(pieces, add_special_tokens=False)]
+    start, end = (old.encode("").ids[i] for i in (0, -1))
+    unk = old.token_to_id("[UNK]") if old.token_to_id("[UNK]") is not None else old.token_to_id("<unk>")
+    for name, row in (("<s>", start), ("</s>", end), ("<unk>", unk), ("<pad>", teacher.config.pad_token_id)):
+        ids[tokenizer.token_to_id(name)] = [] if row is None else [row]
+    flat = torch.tensor([i for row in ids for i in row])
+    counts = torch.tensor([len(row) for row in ids])
+    table = torch.zeros(len(ids), word.shape[1]).index_add_(0, torch.repeat_interleave(counts), word[flat].float())
+    table = torch.where(counts[:, None] > 0, table / counts[:, None].clamp(min=1), word.float().mean(0))
+    table[pad_id] = 0
+    # BERT counts positions from 0: a RoBERTa teacher's rows move down to where they will be read.
+    first = teacher.config.first_position
+    config = replace(teacher.config, vocab_size=len(ids), pad_token_id=pad_id, model_type="bert", normalize=False, do_lower_case=False,
+                     max_position_embeddings=teacher.config.max_position_embeddings - first)
+    model = Encoder(config, tokenizer, teacher.dtype)
+    state = {k: v.float().clone() for k, v in teacher.state_dict().items()}
+    state["embeddings.word.weight"], state["embeddings.position.weight"] = table, state["embeddings.position.weight"][first:]
+    model.load_state_dict(state)
+    return model
+
+
+@torch.no_grad()
+def make_student(assistant, B, K, R, init="svd", seed=0):
+    """The student before stage 2 (or, without a bottleneck, 3): B -> H embedding block, the assistant's first K layers, R times.
+
+    init: "svd" starts the bottleneck from the truncated SVD of the assistant's word table, with its positions, token
+    types and LayerNorm; "paper" starts the whole block from noise. Raises: InputError for sizes that do not fit."""
+    c = assistant.config
+    for ok, what in ((1 <= K <= len(assistant.layers), f"--layers {K}: the assistant has {len(assistant.layers)} layers to copy from"),
+                     (0 <= B < c.hidden_size, f"--bottleneck {B}: must be smaller than the assistant's hidden size {c.hidden_size}; 0 for none"),
+                     (R >= 1, f"--recurrence {R}: must be at least 1"), (init in ("svd", "paper"), f"--init {init}: svd or paper"),
+                     (c.bottleneck_size == 0, "the assistant has a bottleneck itself; give the full-size model")):
+        if not ok:
+            raise InputError(what)
+    student = Encoder(replace(c, bottleneck_size=B, num_hidden_layers=K, recurrence=R), assistant.tokenizer, assistant.dtype)
+    init_weights(student, torch.Generator().manual_seed(seed))
+    student.layers.load_state_dict({k: v.float() for k, v in assistant.layers.state_dict().items() if int(k.split(".")[0]) < K})
+    ours, theirs = student.embeddings, assistant.embeddings
+    if B and init == "paper":
+        return student
+    for part in ("position", "token_type", "norm"):
+        getattr(ours, part).load_state_dict(getattr(theirs, part).state_dict())
+    E = theirs.word.weight                                                             # (V, H)
+    if not B:
+        ours.word.weight.copy_(E)
+        return student
+    # The right singular vectors of E are the eigenvectors of E'E, which is only (H, H): exact, and no copy of E.
+    gram = torch.zeros(c.hidden_size, c.hidden_size, dtype=torch.float64)
+    for rows in E.split(16384):
+        rows = rows.double()
+        gram += rows.T @ rows
+    P = torch.linalg.eigh(gram)[1][:, -B:].float()                                     # (H, B), the B largest
+    ours.word.weight.copy_(E.float() @ P)                                              # E ~ (E P) P'
+    ours.project.weight.copy_(P)
+    return student
+
+
+def ledger(config):
+    """Parameters by part, {"embedding", "layers", "other", "total"}, by building the model without memory.
+
+    embedding: word table and B -> H map, positions, token types, LayerNorm. No part is left for other so far."""
+    with torch.device("meta"):
+        sizes = {k: p.numel() for k, p in Encoder(config).named_parameters()}
+    parts = {part: sum(n for k, n in sizes.items() if k.startswith(prefix)) for part, prefix in (("embedding", "embeddings."), ("layers", "layers."))}
+    return {**parts, "other": sum(sizes.values()) - sum(parts.values()), "total": sum(sizes.values())}
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+def ranks(x):
+    """Ranks from 1, ties averaged."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def spearman(x, y):
+    """Spearman's rank correlation of two arrays (n,): Pearson's on averaged ranks; nan where one is constant."""
+    a, b = (r - r.mean() for r in (ranks(x), ranks(y)))
+    norm = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm else float("nan")
+
+
+def unit(x):
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def similarity_scores(encode, sets):
+    """{"en-de": cosine of each pair (n,)} for the sets of data.read_sts; every distinct sentence is encoded once."""
+    texts = list(dict.fromkeys(t for a, b, _ in sets.values() for t in (*a, *b)))
+    row, v = {t: i for i, t in enumerate(texts)}, unit(encode(texts))
+    return {name: (v[[row[t] for t in a]] * v[[row[t] for t in b]]).sum(1) for name, (a, b, _) in sets.items()}
+
+
+def retrieval(x, y, block=1024):
+    """Translation accuracy in both directions, in percent: x[i] and y[i] (n, H) are translations, and the nearest
+    neighbour by cosine is the right one. A tie counts as wrong, so equal vectors cannot score."""
+    x, y = unit(x), unit(y)
+    def hits(a, b):
+        n = 0
+        for i in range(0, len(a), block):
+            sims = a[i:i + block] @ b.T                                                # (block, n)
+            right = sims[np.arange(len(sims)), np.arange(i, i + len(sims))]
+            n += int(((sims >= right[:, None]).sum(1) == 1).sum())
+        return 100 * n / len(a)
+    return hits(x, y), hits(y, x)
+
+
+def mean_spearman(scores):
+    """(all, monolingual, cross-lingual) means over sets named A-B; nan for none."""
+    def mean(keep):
+        kept = [v for k, v in scores.items() if keep(*k.split("-"))]
+        return float(np.mean(kept)) if kept else float("nan")
+    return mean(lambda a, b: True), mean(lambda a, b: a == b), mean(lambda a, b: a != b)
+
+
+def evaluate(model, sets, dev, dev_targets=None, english_only=False):
+    """One row of the table: Spearman x 100 by set, accuracy both ways and 100 x MSE to the teacher by dev language.
+
+    sets: data.read_sts; dev: {language: (english, translations)}; dev_targets: {language: teacher's vectors (n, H)}.
+    english_only: an English teacher is scored on English alone."""
+    sets = {k: v for k, v in sets.items() if k == "en-en" or not english_only}
+    row = {"spearman": {k: 100 * spearman(c, sets[k][2]) for k, c in similarity_scores(model.encode, sets).items()} if sets else {}, "accuracy": {}, "mse": {}}
+    for language, (english, translated) in ({} if english_only else dev).items():
+        x, y = (model.encode(list(side), normalize=False) for side in (english, translated))
+        row["accuracy"][language] = retrieval(x, y)
+        if dev_targets:
+            target = dev_targets[language]
+            row["mse"][language] = [100 * float(np.square(v - target).mean()) for v in (x, y)]
+    return row
+
+
+def look(vectors):
+    """What a teacher's vectors (n, H) look like: mean norm, mean off-diagonal cosine, and the MSE of the best constant
+    guess, which any student must beat."""
+    v = np.asarray(vectors, np.float32)
+    u, n = unit(v), len(v)
+    total = u.sum(0)
+    return {"n": n, "width": v.shape[1], "norm": float(np.linalg.norm(v, axis=1).mean()), "cosine": float((total @ total - n) / (n * (n - 1))) if n > 1 else float("nan"),
+            "constant_mse": float(v.var(0).mean())}
+
+
+# ---------------------------------------------------------------------------------------------------------------- usage
+def read_texts(path):
+    """The lines of a text file or, for "-", of standard input."""
+    out = []
+    for number, text, fault in read_lines("/dev/stdin" if path == "-" else path):
+        if fault:
+            raise InputError(f"{path}:{number}: {fault}")
+        out.append(text)
+    if not out:
+        raise InputError(f"{path}: no lines to read")
+    return out
+
+
+def main(argv=None):
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--dtype", choices=("float32", "bfloat16"), help="arithmetic; leave it out for the best on this device")
+    sub = ap.add_subparsers(dest="command", required=True)
+    for name, extra in (("similarity", ("a", "b")), ("encode", ()), ("search", ("corpus", "query")), ("info", ())):
+        p = sub.add_parser(name)
+        for arg in ("dir", *extra):
+            p.add_argument(arg)
+    sub.choices["search"].add_argument("--top", type=int, default=5, help="how many lines to show")
+    args = ap.parse_args(argv)
+    model = load(args.dir, args.dtype)
+    if args.command == "similarity":
+        a, b = unit(model.encode([args.a, args.b]))
+        print(f"{float(a @ b):.4f}")
+    elif args.command == "encode":
+        np.save(sys.stdout.buffer, model.encode(read_texts("-")))
+    elif args.command == "search":
+        lines = read_texts(args.corpus)
+        scores = unit(model.encode(lines)) @ unit(model.encode([args.query]))[0]       # (n,)
+        for i in np.argsort(-scores, kind="stable")[:args.top]:
+            print(f"{scores[i]:.4f}\t{i + 1}\t{lines[i]}")
+    else:
+        c = model.config
+        print(f"{args.dir}: {c.model_type}, hidden {c.hidden_size}, {c.num_hidden_layers} layers x {c.recurrence}, "
+              f"bottleneck {c.bottleneck_size or 'none'}, vocabulary {c.vocab_size}, {c.pooling} pooling{', unit vectors' if c.normalize else ''}, at most {c.max_seq_length} tokens")
+        for part, n in ledger(c).items():
+            print(f"{part:10}{n:14,} parameters{n * 4 / 2**20:10.1f} MB float32{n * 2 / 2**20:10.1f} MB bfloat16")
+
+
+def run_cli(main):
+    """Call a command line's main(); an InputError becomes one line and exit code 2."""
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,633 @@
+"""Train: `python train.py` runs all four stages on the built-in corpus; `python train.py --help` says what else it can do.
+
+A run lives in one folder. The same command again continues it, exactly, wherever it was stopped.
+"""
+import argparse
+import dataclasses
+import difflib
+import fcntl
+import glob
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+
+import data
+import msd
+from model import Encoder, InputError, atomic, best_dtype, load, pad, read_json, read_safetensors, write_safetensors
+from msd import PRESETS, STAGES, Preset
+
+
+class Stop(Exception):
+    """The run ends before its end: a signal, or a loss that is not finite. code: the exit status."""
+    def __init__(self, message, code):
+        super().__init__(message)
+        self.code = code
+
+
+# ------------------------------------------------------------------------------------------------------------ arguments
+HELP = {
+    "bottleneck": "B, width of the student's word table; half the bytes of 256 at 128; 0 keeps the full table and skips stage 2",
+    "layers": "K, unique layers, the assistant's first; fewer is smaller, not faster: speed follows K x R",
+    "recurrence": "R, times the K layers are applied; the paper keeps K x R at the assistant's depth",
+    "lr": "peak learning rate, one for all stages or four with commas; small models on small data take 1e-3 and more",
+    "batch": "pairs a step, one or four with commas; in stage 4 each pair is contrasted with the rest of its batch",
+    "epochs": "passes over the pairs, one or four with commas; fractions are fine, 0.1 is a quick look",
+    "init": "start of the bottleneck: svd of the assistant's table, or paper (noise)",
+    "targets": "the teacher's vectors: raw (before Normalize), unit, or scaled (unit times the root of the width)",
+    "dropout": "0 suits one or a few passes; 0.1 for the paper's long schedule",
+    "max_tokens": "longer sentences are truncated; lower it where memory is short",
+    "max_chars": "pairs with a longer side are dropped, as in the paper",
+    "max_lines": "read at most so many lines of a file; the paper takes 500000 in stages 1 and 4, 300000 in 2 and 3",
+    "vocab": "pieces of the multilingual vocabulary, where it is trained here; about 4000 a language is a fair start",
+    "warmup": "share of a stage's steps over which the learning rate rises",
+    "weight_decay": "AdamW's, not on biases and LayerNorm",
+    "clip": "largest gradient norm; a log full of much larger norms asks for a lower learning rate",
+}
+# What may differ between a run and its continuation, because the result does not depend on it.
+FREE = {"out", "cache", "restart", "save_seconds", "threads", "check", "check_update", "strict", "device"}
+
+
+def parser():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    ap.add_argument("--preset", help=f"sizes and schedule: {', '.join(PRESETS)}; demo without --train, minilm with it")
+    ap.add_argument("--teacher", metavar="DIR", help="English sentence encoder: a sentence-transformers or Hugging Face directory")
+    ap.add_argument("--assistant", metavar="DIR", help="multilingual encoder of the teacher's width; without it one is made of the teacher's body and a new vocabulary")
+    ap.add_argument("--train", nargs="+", metavar="GLOB", help="english<TAB>translation files, plain or .gz; quote the pattern or not")
+    ap.add_argument("--extra", nargs="+", metavar="GLOB", default=[], help="more such files for stages 2 and 3 alone, as the paper does")
+    ap.add_argument("--dev", nargs="+", metavar="GLOB", default=[], help="held-out pairs, en-XX.tsv: they pick the checkpoint of each stage and give the accuracy")
+    ap.add_argument("--sts", metavar="DIR", help="similarity sets *.A-B.txt for the table, read once at the end; use a dev set while you try things")
+    ap.add_argument("--stages", default="1-4", help="such as 1-4, 2-4 (takes --assistant as it is), 1,4 or 1")
+    ap.add_argument("--no-contrast", action="store_true", help="stage 4 without its contrastive term")
+    ap.add_argument("--out", default=None, metavar="DIR", help="the run's folder (runs/PRESET); the same command continues what is there")
+    ap.add_argument("--cache", default="runs/cache", metavar="DIR", help="tokens and targets, shared by all runs; safe to delete")
+    ap.add_argument("--seed", type=int, default=0, help="report several; results on small sets differ by a point between seeds")
+    ap.add_argument("--dtype", choices=("float32", "bfloat16"), help="arithmetic; left out, the best on this device; weights are float32 always")
+    ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ap.add_argument("--threads", type=int, help="CPU threads; the number of real cores is best")
+    ap.add_argument("--evals", type=int, default=4, help="dev readings a stage; the best one's weights are kept")
+    ap.add_argument("--save-seconds", type=float, default=60, help="time between checkpoints; what a crash can cost you")
+    ap.add_argument("--strict", action="store_true", help="stop at the first malformed line instead of dropping up to 1 %%")
+    ap.add_argument("--restart", action="store_true", help="delete this run's models and checkpoints and start over")
+    ap.add_argument("--check", action="store_true", help="short fixed recipe against the committed reference: is this installation right?")
+    ap.add_argument("--check-update", action="store_true", help="write that reference anew, after a change that is meant to change results")
+    for f in dataclasses.fields(Preset):
+        ap.add_argument(f"--{f.name.replace('_', '-')}", metavar="X", help=HELP[f.name])
+    return ap
+
+
+def parse(argv):
+    """(arguments, Preset) from the command line. Raises: InputError for an unknown flag or value, naming the nearest."""
+    ap = parser()
+    flags = [s for a in ap._actions for s in a.option_strings]
+    for word in argv:
+        name = word.split("=")[0]
+        if name.startswith("--") and name not in flags:
+            raise InputError(f"unknown flag {name}" + _nearest(name, flags))
+    args = ap.parse_args(argv)
+    args.preset = args.preset or ("minilm" if args.train or args.teacher else "demo")
+    if args.preset not in PRESETS:
+        raise InputError(f"unknown preset {args.preset!r}" + _nearest(args.preset, PRESETS))
+    changes = {}
+    for f in dataclasses.fields(Preset):
+        text, old = getattr(args, f.name), getattr(PRESETS[args.preset], f.name)
+        if text is None:
+            continue
+        kind = type(old[0]) if isinstance(old, tuple) else type(old)
+        kind = float if f.name in ("epochs", "lr") else kind
+        try:
+            values = tuple(kind(v) for v in text.split(","))
+        except ValueError:
+            raise InputError(f"--{f.name.replace('_', '-')} {text!r}: expected {kind.__name__} values") from None
+        if len(values) != 1 and (not isinstance(old, tuple) or len(values) != 4):
+            raise InputError(f"--{f.name.replace('_', '-')} {text!r}: expected one value" + (" or four, for stages 1 to 4" if isinstance(old, tuple) else ""))
+        changes[f.name] = (values * 4)[:4] if isinstance(old, tuple) else values[0]
+    p = dataclasses.replace(PRESETS[args.preset], **changes)
+    for name, ok, expected in (("epochs", min(p.epochs) > 0, "positive numbers"), ("batch", min(p.batch) > 0, "positive numbers"), ("lr", min(p.lr) > 0, "positive numbers"),
+                               ("dropout", 0 <= p.dropout < 1, "0 up to 1"), ("warmup", 0 <= p.warmup < 1, "0 up to 1"), ("clip", p.clip > 0, "a positive number"),
+                               ("init", p.init in ("svd", "paper"), "svd or paper"), ("targets", p.targets in ("raw", "unit", "scaled"), "raw, unit or scaled"),
+                               ("max_tokens", p.max_tokens >= 3, "3 or more"), ("vocab", p.vocab >= 100, "100 or more")):
+        if not ok:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(p, name)!r}: expected {expected}")
+    try:
+        spans = [[int(x) for x in part.split("-")] for part in args.stages.split(",")]
+        args.stages = sorted({k for span in spans for k in range(span[0], span[-1] + 1)})
+    except ValueError:
+        args.stages = []
+    if not args.stages or not set(args.stages) <= set(STAGES):
+        raise InputError("--stages: expected stages 1 to 4, such as 1-4 or 1,4")
+    if p.bottleneck == 0:                                       # nothing to align
+        args.stages = [k for k in args.stages if k != 2]
+    if 1 not in args.stages and not args.assistant:
+        raise InputError(f"--stages {args.stages} without stage 1 needs --assistant DIR, a trained multilingual encoder")
+    if args.preset == "demo" and not args.train and (args.teacher or args.dev or args.sts or args.extra):
+        raise InputError("--teacher, --dev, --sts and --extra need --train: the built-in corpus brings its own")
+    if (args.preset != "demo" or args.train) and not (args.train and args.teacher):
+        raise InputError("your own data needs both --teacher DIR and --train GLOB; for the built-in corpus give neither")
+    args.out = Path(args.out or f"runs/{args.preset}")
+    return args, p
+
+
+def _nearest(word, known):
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+
+
+def expand(patterns, flag):
+    """Files of a list of glob patterns. Raises: InputError for a pattern that matches nothing."""
+    files = []
+    for pattern in patterns:
+        found = [f for f in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(f)]
+        if not found:
+            raise InputError(f"{flag} {pattern}: no such file")
+        files += found
+    return sorted(set(files))
+
+
+# -------------------------------------------------------------------------------------------------------------- the run
+class Run:
+    """What all parts of a run share: arguments, preset, folder, log, and the signal that asks it to stop."""
+    def __init__(self, args, preset):
+        self.args, self.p, self.out, self.stop, self.busy = args, preset, args.out, None, False
+        self.dtype, why = (getattr(torch, args.dtype), "asked for") if args.dtype else best_dtype(args.device)
+        torch.set_num_threads(args.threads or torch.get_num_threads())
+        self.rate = matrix_rate(self.dtype, args.device)
+        self.say(f"device {args.device}, {str(self.dtype)[6:]} ({why}), {torch.get_num_threads()} threads, "
+                 f"matrix rate {self.rate / 1e9:,.0f} GFLOP/s; {args.preset}, stages {args.stages}, seed {args.seed}, folder {self.out}")
+
+    def say(self, text):
+        print(text, flush=True)
+
+    def log(self, **entry):
+        with open(self.out / "log.jsonl", "a") as f:
+            f.write(json.dumps(entry) + "\n")
+
+    def on_signal(self, number, frame):
+        """During a step: finish it, save, leave. Elsewhere leave at once; nothing half-written stays."""
+        self.stop = number
+        if not self.busy:
+            self.leave()
+
+    def leave(self):
+        raise Stop("stopped; the same command continues here", 128 + self.stop)
+
+
+def matrix_rate(dtype, device, n=1024, seconds=0.15):
+    """Floating-point operations a second in an n x n matrix product: what the device can do, for comparison."""
+    a = torch.randn(n, n, device=device).to(dtype)
+    sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    for _ in range(3):
+        a @ a
+    sync()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        for _ in range(5):
+            a @ a
+        sync()
+        count += 5
+    return 2 * n ** 3 * count / (time.perf_counter() - start)
+
+
+def rate_at(step, steps, warmup):
+    """Learning rate as a share of its peak: linear up over the first `warmup` of the steps, then linear to 0."""
+    w = warmup * steps
+    return (step + 1) / (w + 1) if step < w else (steps - step) / (steps - w)
+
+
+def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
+    """Train `model` for `steps` steps and leave the weights of the best dev loss in it.
+
+    terms_at(step): (loss terms by name, tokens, batch ids), a pure function of the step. Every random draw depends on seed,
+    stage and step alone, so a checkpoint needs no generator state and a continued run gives the same bits.
+    Raises: Stop at a signal, after a save; Stop at a loss that is not finite, with nothing saved over."""
+    args, p, file = run.args, run.p, run.out / "checkpoint.safetensors"
+    model.train()
+    named = dict(model.named_parameters())
+    plain = [k for k in named if k.endswith("bias") or "norm" in k]
+    optimizer = torch.optim.AdamW([{"params": [q for k, q in named.items() if k not in plain], "weight_decay": p.weight_decay},
+                                   {"params": [named[k] for k in plain], "weight_decay": 0.0}], lr=lr, eps=1e-6, fused=True)
+    start, best, best_loss, seconds = 0, None, float("inf"), 0.0
+    if file.exists():
+        state, meta = read_safetensors(file)
+        if meta["stage"] == name:
+            start, best_loss, seconds = int(meta["step"]), float(meta["best"]), float(meta["seconds"])
+            with torch.no_grad():
+                for k, q in named.items():
+                    q.copy_(state[f"model.{k}"])
+                    optimizer.state[q] = {"step": torch.tensor(float(start)), **{m: state[f"{m}.{k}"].clone().to(q.device) for m in ("exp_avg", "exp_avg_sq")}} if start else {}
+            best = {k[5:]: v.clone() for k, v in state.items() if k.startswith("best.")} or None
+            run.say(f"{name}: continues at step {start} of {steps}")
+        del state
+    trim_log(run, name, start)
+
+    def save(step):
+        state = {f"model.{k}": q for k, q in named.items()}
+        state.update({f"{m}.{k}": optimizer.state[q][m] for k, q in named.items() for m in ("exp_avg", "exp_avg_sq") if q in optimizer.state and m in optimizer.state[q]})
+        state.update({f"best.{k}": v for k, v in (best or {}).items()})
+        write_safetensors(file, state, {"stage": name, "step": str(step), "best": repr(best_loss), "seconds": repr(seconds + time.monotonic() - begun)})
+
+    used = used_per_token(model, layers)
+    evals = {-(-steps * (i + 1) // args.evals) for i in range(args.evals)}
+    begun = saved = shown = last = time.monotonic()
+    counted = 0
+    every = max(1, steps // 100)
+    for step in range(start, steps):
+        run.busy = True
+        torch.manual_seed(int.from_bytes(data.digest(args.seed, name, step).encode()[:7], "little"))     # dropout
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rate_at(step, steps, p.warmup)
+        terms, tokens, ids = terms_at(step)
+        loss = sum(terms.values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([q for q in named.values() if q.grad is not None], p.clip)
+        if not torch.isfinite(loss + norm):
+            raise Stop(f"{name}, step {step}: loss {float(loss)}, gradient norm {float(norm)}: not finite; batch {list(map(int, ids[:16]))}... "
+                       f"The last good checkpoint is {file if file.exists() else 'none yet'}; --lr or --clip may be too high", 1)
+        optimizer.step()
+        counted, now = counted + tokens, time.monotonic()
+        if (step + 1) % every == 0 or step + 1 == steps:
+            speed = counted / max(now - last, 1e-9)
+            numbers = {k: float(v.detach()) for k, v in terms.items()}
+            run.log(stage=name, step=step, loss=float(loss.detach()), **numbers, lr=group["lr"], norm=float(norm), tokens_per_s=round(speed), share=round(6 * used * speed / run.rate, 3))
+            if now - shown > 5 or step + 1 == steps:
+                left = (now - begun) / (step + 1 - start) * (steps - step - 1)
+                run.say(f"{name}  step {step + 1}/{steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()) +
+                        f"  |g| {float(norm):.2f}  {speed:,.0f} tokens/s ({600 * used * speed / run.rate:.0f} % of the matrix rate)  {left // 60:.0f}:{left % 60:02.0f} left")
+                shown = now
+            counted, last = 0, now
+        if step + 1 in evals and dev_loss:
+            value = dev_loss()
+            run.log(stage=name, step=step, dev=value)
+            if value < best_loss:
+                best_loss, best = value, {k: q.detach().clone() for k, q in named.items()}
+            counted, last = 0, time.monotonic()
+        run.busy = False
+        if run.stop or time.monotonic() - saved > args.save_seconds and step + 1 < steps:
+            save(step + 1)
+            saved = time.monotonic()
+            if run.stop:
+                run.leave()
+    if best:
+        with torch.no_grad():
+            for k, q in named.items():
+                q.copy_(best[k])
+    run.log(stage=name, done=True, steps=steps, seconds=round(seconds + time.monotonic() - begun, 1), best_dev=best_loss if best else None)
+    return model
+
+
+def trim_log(run, name, start):
+    """Take from the log what an interrupted run wrote after the checkpoint that is continued."""
+    file = run.out / "log.jsonl"
+    if file.exists():
+        lines = file.read_text().splitlines()
+        kept = [x for x in lines if (e := _entry(x)) and (e.get("stage") != name or e.get("step", start) < start)]
+        if kept != lines:
+            with atomic(file) as tmp:
+                tmp.write_text("".join(x + "\n" for x in kept))
+
+
+def _entry(line):
+    try:
+        return json.loads(line)
+    except ValueError:                                          # the last line of a killed run may be cut
+        return None
+
+
+def used_per_token(model, layers=True):
+    """Parameters that multiply each token: the layers R times, and the map B -> H."""
+    c = model.config
+    return layers * c.recurrence * sum(p.numel() for p in model.layers.parameters()) + c.bottleneck_size * c.hidden_size
+
+
+# --------------------------------------------------------------------------------------------------------------- stages
+def pair_batches(run, stage, model, corpus, store, targets, english, rows, dev=None):
+    """(terms_at, dev_loss) of a stage for `fit`. store: tokens; targets: vectors of `english` ids and, in stages with own
+    targets, of all ids."""
+    p, (flat, starts) = run.p, store
+    batch, lengths = p.batch[stage - 1], np.diff(starts)
+    size = lengths[corpus.pairs[rows]].sum(1)
+    per_epoch, orders = -(-len(rows) // batch), {}
+
+    def side(ids):
+        arrays = pad(flat, starts, ids, model.config.pad_token_id)
+        return tuple(torch.from_numpy(a).to(run.args.device) for a in arrays)
+
+    def vector(ids):
+        where = ids if STAGES[stage].own else np.searchsorted(english, ids)
+        return torch.from_numpy(targets[where].astype(np.float32)).to(run.args.device)
+
+    def terms(numbers):
+        pairs = corpus.pairs[rows[numbers]]                                            # (N, 2)
+        s, t = side(pairs[:, 0]), side(pairs[:, 1])
+        out = msd.stage_loss(stage, model, s, t, vector(pairs[:, 0]), vector(pairs[:, 1]) if STAGES[stage].own else None, not run.args.no_contrast)
+        return out, int(size[numbers].sum()), rows[numbers]
+
+    def terms_at(step):
+        epoch, i = divmod(step, per_epoch)
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = data.batch_order(size, batch, run.args.seed * 10 + stage, epoch)
+        return terms(orders[epoch][i])
+
+    def dev_loss():
+        model.eval()
+        with torch.inference_mode():
+            losses = [float(sum(terms(b)[0].values())) * len(b) for b in data.batch_order(size, batch, 0, 0)]
+        model.train()
+        return sum(losses) / len(rows)
+
+    return terms_at, dev_loss
+
+
+def progress(run, what):
+    """A callback that reports (done, all) at most every five seconds."""
+    begun = shown = time.monotonic()
+
+    def show(done, total):
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown > 5:
+            left = (now - begun) / done * (total - done)
+            run.say(f"{what}  {done:,}/{total:,} sentences  {done / (now - begun):,.0f}/s  {left // 60:.0f}:{left % 60:02.0f} left")
+            shown = now
+    return show
+
+
+def fingerprint(folder):
+    """Names a model directory by its content."""
+    folder = Path(folder)
+    return data.digest(*sorted(f for pattern in ("**/*.safetensors", "**/*.json") for f in folder.glob(pattern)))
+
+
+class Targets:
+    """Vectors of a corpus from teacher and assistant, made once in the cache and reused by every stage and run."""
+    def __init__(self, run, teacher_dir, corpus):
+        self.run, self.dir, self.corpus = run, teacher_dir, corpus
+        self.english = np.unique(corpus.pairs[:, 0])
+        self.all = np.arange(len(corpus.first))
+
+    def __call__(self, stage, assistant_dir):
+        run, how, s = self.run, self.run.p.targets, STAGES[stage]
+        folder = self.dir if s.source == "teacher" else assistant_dir
+        model = load_for(run, folder)
+        # Unit vectors have a variance of 1/H a dimension, so their MSE all but vanishes beside the contrastive term:
+        # raw vectors keep the paper's 1:1:1. The README has the figures.
+        form = {"unit": how != "raw", "scale": model.config.hidden_size ** 0.5 if how == "scaled" else 1.0} if s.source == "teacher" else {}
+        return data.vectors(self.corpus, self.all if s.own else self.english, model, fingerprint(folder), run.args.cache, layers=s.layers,
+                            progress=progress(run, f"targets of stage {stage}"), **form)
+
+
+def load_for(run, folder, train=False):
+    """A model of the run with its arithmetic; --max-tokens and, in training, --dropout apply."""
+    model = load(folder, str(run.dtype)[6:], run.args.device, train=train)
+    c = dataclasses.replace(model.config, dropout=run.p.dropout, max_seq_length=min(run.p.max_tokens, model.config.max_seq_length))
+    for m in model.modules():
+        if hasattr(m, "config"):
+            m.config = c
+    model.tokenizer.enable_truncation(c.max_seq_length)
+    return model
+
+
+def demo_teacher(run, folder):
+    """Train a small English encoder on the scored pairs of the built-in corpus: the demo's stand-in for a real teacher."""
+    a, b, scores = data.read_sts(run.out / "data" / "sts-train")["en-en"]
+    tokenizer = data.train_tokenizer([*a, *b], 600, lower_case=True)
+    config = dataclasses.replace(msd.DEMO_TEACHER, vocab_size=tokenizer.get_vocab_size())
+    model = msd.init_weights(Encoder(config, tokenizer, run.dtype), torch.Generator().manual_seed(run.args.seed))
+    flat, starts = model.tokenize([*a, *b])
+    n, batch = len(a), 128
+    gold = torch.tensor(scores / 5, dtype=torch.float32)
+
+    def terms_at(step):
+        rows = np.random.default_rng([run.args.seed, step]).choice(n, batch, replace=False)
+        x, y = (model(*map(torch.from_numpy, pad(flat, starts, rows + k, config.pad_token_id))) for k in (0, n))
+        cos = torch.nn.functional.cosine_similarity(x, y)
+        return {"score": msd.mse(cos, gold[rows])}, int((np.diff(starts)[rows] + np.diff(starts)[rows + n]).sum()), rows
+    fit(run, "teacher", model, msd.DEMO_TEACHER_STEPS, 2e-3, terms_at).save(folder)
+
+
+def pipeline(run):
+    """All stages, each from what the one before it left in the run's folder; then the table."""
+    args, p, out = run.args, run.p, run.out
+    teacher_dir = Path(args.teacher) if args.teacher else out / "teacher"
+    if not args.train:
+        if not (out / "data").exists():
+            data.write_demo(out / "data")
+        args = argparse.Namespace(**{**vars(args), "train": [f"{out}/data/train/*"], "dev": [f"{out}/data/dev/*"], "sts": f"{out}/data/sts"})
+        if not teacher_dir.exists():
+            demo_teacher(run, teacher_dir)
+    corpus = data.build_corpus(expand(args.train, "--train"), args.cache, expand(args.extra, "--extra"), args.strict, p.max_chars, p.max_lines)
+    dev = data.build_corpus(expand(args.dev, "--dev"), args.cache, (), args.strict, p.max_chars) if args.dev else None
+    sts = data.read_sts(args.sts) if args.sts else {}
+    report(run, corpus)
+    teacher = load_for(run, teacher_dir)
+    targets, dev_targets = Targets(run, teacher_dir, corpus), dev and Targets(run, teacher_dir, dev)
+    look(run, teacher, targets(1, None))
+
+    assistant_dir, start_dir = (out / "assistant" if 1 in args.stages else Path(args.assistant)), out / "start"
+    if 1 in args.stages and not assistant_dir.exists():
+        if args.assistant:
+            model = load_for(run, args.assistant, train=True)
+        else:
+            if not start_dir.exists():
+                run.say(f"vocabulary: learning {p.vocab:,} pieces from {len(corpus.first):,} sentences")
+                lower = teacher.tokenizer.normalizer is not None and teacher.tokenizer.normalizer.normalize_str("A") == "a" or teacher.config.do_lower_case
+                chunks = (t for i in range(0, len(corpus.first), 10000) for t in corpus.texts(np.arange(i, min(i + 10000, len(corpus.first)))))
+                tokenizer = data.train_tokenizer(chunks, p.vocab, lower)
+                msd.make_assistant(teacher.cpu().float(), tokenizer, data.SPECIAL.index("<pad>")).save(start_dir)
+            model = load_for(run, start_dir, train=True)
+        if model.config.hidden_size != teacher.config.hidden_size:
+            raise InputError(f"{args.assistant}: hidden size {model.config.hidden_size}, but the teacher {teacher_dir} has {teacher.config.hidden_size}; stages 1 and 4 compare their vectors, so the widths must match")
+        train_stage(run, 1, model, corpus, dev, targets, dev_targets, None).save(assistant_dir)
+    names = {k: "student" if k == args.stages[-1] else f"stage{k}" for k in args.stages if k > 1}
+    if (width := load_for(run, assistant_dir).config.hidden_size) != teacher.config.hidden_size and 4 in names:
+        raise InputError(f"{assistant_dir}: hidden size {width}, but the teacher {teacher_dir} has {teacher.config.hidden_size}; stage 4 compares their vectors, so the widths must match")
+    previous = None
+    for k, name in names.items():
+        if not (out / name).exists():
+            if previous is None:
+                model = msd.make_student(load_for(run, assistant_dir, train=True), p.bottleneck, p.layers, p.recurrence, p.init, args.seed)
+            else:
+                model = load_for(run, out / previous, train=True)
+            train_stage(run, k, model, corpus, dev, targets, dev_targets, assistant_dir).save(out / name)
+        previous = name
+    finish(run, teacher_dir, assistant_dir, names, sts, dev)
+
+
+def train_stage(run, stage, model, corpus, dev, targets, dev_targets, assistant_dir):
+    p = run.p
+    def batches(c, t, rows):
+        return pair_batches(run, stage, model, c, data.tokens(c, model, run.args.cache), t(stage, assistant_dir), t.english, rows)
+    rows = np.flatnonzero(corpus.group == 0) if stage in (1, 4) else np.arange(len(corpus.pairs))
+    steps = data.steps_in(len(rows), p.batch[stage - 1], p.epochs[stage - 1])
+    terms_at, _ = batches(corpus, targets, rows)
+    dev_loss = batches(dev, dev_targets, np.arange(len(dev.pairs)))[1] if dev else None
+    run.say(f"stage {stage}, {STAGES[stage].title}: {len(rows):,} pairs, {steps:,} steps of {p.batch[stage - 1]}, learning rate {p.lr[stage - 1]:g}")
+    return fit(run, f"stage {stage}", model, steps, p.lr[stage - 1], terms_at, dev_loss, STAGES[stage].layers)
+
+
+# -------------------------------------------------------------------------------------------------------------- reports
+def report(run, corpus):
+    """What was read and what was dropped, with totals that add up."""
+    lines, kept, long, blank = (sum(r[k] for r in corpus.report) for k in ("lines", "kept", "long", "blank"))
+    bad = sum(sum(r["bad"].values()) for r in corpus.report)
+    twice = len(corpus.pairs) - len(np.unique(corpus.pairs, axis=0))
+    run.say(f"data: {len(corpus.report)} files, {lines:,} lines = {kept:,} pairs + {long:,} too long + {blank:,} blank + {bad:,} malformed; "
+            f"{len(corpus.first):,} distinct sentences, {twice / kept:.1%} of the pairs are repeated")
+    for example in [e for r in corpus.report for e in r["examples"]][:3]:
+        run.say(f"  dropped {example}")
+    run.log(data=corpus.report, distinct=len(corpus.first), repeated=twice)
+
+
+def look(run, teacher, vectors):
+    """A look at the teacher before hours of training on it."""
+    rows = np.sort(np.random.default_rng(0).permutation(len(vectors))[:5000])
+    seen = msd.look(vectors[rows])
+    run.say(f"teacher: width {seen['width']}, mean norm {seen['norm']:.3f}, mean cosine of different sentences {seen['cosine']:.3f}, "
+            f"MSE of the best constant guess {seen['constant_mse']:.5f} (a loss near it has learnt nothing)")
+    if abs(seen["norm"] - 1) < 1e-3:
+        run.say(f"  warning: unit targets; their MSE is at most {2 / seen['width']:.5f} a dimension and drowns beside the contrastive term: use --targets raw")
+    if seen["cosine"] > 0.8:
+        run.say("  warning: all sentences look alike to this teacher; is it a sentence encoder, with the right pooling?")
+    run.log(teacher=seen)
+
+
+def finish(run, teacher_dir, assistant_dir, names, sts, dev):
+    """Read the test sets, once; write results.json and print the table."""
+    args, out = run.args, run.out
+    run.say("evaluating")
+    pairs = {}
+    if dev:
+        languages = [m.group(1) if (m := re.search(r"en-([a-z]{2,3})\b", r["file"])) else r["file"] for r in dev.report]
+        ends = np.cumsum([r["kept"] for r in dev.report])
+        for language, end, r in zip(languages, ends, dev.report):
+            ids = dev.pairs[end - r["kept"]:end]
+            pairs[language] = dev.texts(ids[:, 0]), dev.texts(ids[:, 1])
+    teacher = load_for(run, teacher_dir)
+    scale = {"raw": None, "unit": 1.0, "scaled": teacher.config.hidden_size ** 0.5}[run.p.targets]
+    goal = {k: (lambda v: v if scale is None else scale * msd.unit(v))(teacher.encode(english, normalize=False)) for k, (english, _) in pairs.items()}
+    rows = {"teacher": {**msd.evaluate(teacher, sts, {}, english_only=True), "sizes": msd.ledger(teacher.config)}}
+    if (out / "start").exists():
+        rows["assistant, untrained"] = row_of(load_for(run, out / "start"), sts, pairs, goal)
+    assistant = load_for(run, assistant_dir)
+    rows["assistant"] = row_of(assistant, sts, pairs, goal)
+    if names:
+        rows["student, untrained"] = row_of(msd.make_student(assistant, run.p.bottleneck, run.p.layers, run.p.recurrence, run.p.init, args.seed), sts, pairs, goal)
+    for k, name in names.items():
+        rows[f"student, stage {k}"] = row_of(load_for(run, out / name), sts, pairs, goal)
+    entries = [e for x in (out / "log.jsonl").read_text().splitlines() if (e := _entry(x))]
+    results = {"rows": rows, "stages": [e for e in entries if e.get("done")], "teacher_look": next(e["teacher"] for e in reversed(entries) if "teacher" in e),
+               "arguments": settings(run), "seed": args.seed, "git": git_revision(), "dtype": str(run.dtype)[6:], "threads": torch.get_num_threads(),
+               "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.device}", "python": platform.python_version(),
+               "versions": {"torch": torch.__version__, "tokenizers": tokenizers.__version__, "numpy": np.__version__}}
+    with atomic(out / "results.json") as tmp:
+        tmp.write_text(json.dumps(results, indent=1))
+    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    print_table(results)
+
+
+def row_of(model, sts, pairs, goal):
+    return {**msd.evaluate(model, sts, pairs, goal), "sizes": msd.ledger(model.config)}
+
+
+def print_table(results):
+    """The whole story of a run, from its results.json."""
+    rows = results["rows"]
+    names = [k for k in rows["assistant"]["spearman"]]
+    print("\nSpearman x 100" + " " * 8 + "".join(f"{n:>7}" for n in names) + "   mono  cross    all")
+    for label, row in rows.items():
+        means = msd.mean_spearman(row["spearman"])
+        print(f"{label:22}" + "".join(f"{row['spearman'][n]:7.1f}" if n in row["spearman"] else f"{'-':>7}" for n in names) +
+              "".join(f"{m:7.1f}" if m == m else f"{'-':>7}" for m in (((*means[1:], means[0]) if label != "teacher" else (means[1], float("nan"), float("nan"))))))
+    print("\ndev pairs, mean of languages   en->xx  xx->en  100 MSE en  100 MSE xx")
+    for label, row in rows.items():
+        if row["accuracy"]:
+            print(f"{label:29}{np.mean([a for a, _ in row['accuracy'].values()]):8.1f}{np.mean([b for _, b in row['accuracy'].values()]):8.1f}"
+                  f"{np.mean([a for a, _ in row['mse'].values()]):12.3f}{np.mean([b for _, b in row['mse'].values()]):12.3f}")
+    print("\nparameters            embedding       layers      other        total   MB f32   of the assistant")
+    full = rows["assistant"]["sizes"]["total"]
+    for label in [k for k in rows if k in ("teacher", "assistant")] + [k for k in rows if k.startswith("student")][-1:]:
+        s = rows[label]["sizes"]
+        print(f"{label.split(',')[0]:18}{s['embedding']:13,}{s['layers']:13,}{s['other']:11,}{s['total']:13,}{s['total'] * 4 / 2 ** 20:9.1f}{s['total'] / full:12.1%}")
+    seconds = ", ".join(f"{e['stage']} {e['seconds']:.0f} s" for e in results["stages"])
+    print(f"\n{seconds}; {results['dtype']}, {results['threads']} threads, seed {results['seed']}", flush=True)
+
+
+def git_revision():
+    done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+def settings(run):
+    """Everything that the result depends on, as plain values."""
+    known = {k: v for k, v in vars(run.args).items() if k not in FREE and k not in HELP}
+    return json.loads(json.dumps({**known, **vars(run.p), "dtype": str(run.dtype)[6:]}))
+
+
+def same_run(run):
+    """Refuse to continue a run with other arguments or other data. Raises: InputError with both values."""
+    file, now = run.out / "run.json", settings(run)
+    for flag in ("teacher", "assistant"):
+        now[f"content of --{flag}"] = fingerprint(getattr(run.args, flag)) if getattr(run.args, flag) else None
+    for flag in ("train", "extra", "dev"):
+        now[f"content of --{flag}"] = data.digest(*[Path(f) for f in expand(getattr(run.args, flag) or [], f"--{flag}")])
+    if file.exists():
+        before = read_json(file)
+        for key in sorted(set(now) | set(before)):
+            if now.get(key) != before.get(key):
+                raise InputError(f"{run.out}: this run was started with {key} {before.get(key)!r}, now it is {now.get(key)!r}. "
+                                 "Give the old value to continue, another --out for a new run, or --restart to start over")
+    else:
+        with atomic(file) as tmp:
+            tmp.write_text(json.dumps(now, indent=1))
+
+
+def execute(args, preset):
+    """Run, continue or report a run in args.out."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock = open(args.out / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"{args.out}: another process is working on this run; wait for it, or choose another --out") from None
+    if args.restart:
+        for name in ("data", "teacher", "start", "assistant", "stage2", "stage3", "student"):
+            shutil.rmtree(args.out / name, ignore_errors=True)
+        for name in ("run.json", "results.json", "log.jsonl", "checkpoint.safetensors"):
+            (args.out / name).unlink(missing_ok=True)
+    run = Run(args, preset)
+    same_run(run)
+    if (args.out / "results.json").exists():
+        run.say("this run is finished; --restart starts over")
+        return print_table(read_json(args.out / "results.json"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, run.on_signal)
+    pipeline(run)
+
+
+def main(argv=None):
+    args, preset = parse(sys.argv[1:] if argv is None else argv)
+    if args.check or args.check_update:
+        return check(args.check_update)
+    try:
+        execute(args, preset)
+    except Stop as e:
+        print(e, file=sys.stderr)
+        sys.exit(e.code)
+
+
+if __name__ == "__main__":
+    msd.run_cli(main)
