@@ -338,21 +338,16 @@ def vectors(corpus, ids, encoder, fingerprint, cache, layers=True, scale=1.0, un
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
-def batch_order(lengths, batch, seed, epoch, world=1):
+def batch_order(lengths, batch, seed):
     """The batches of one pass over the pairs: arrays of pair numbers, a pure function of its arguments.
 
     Shuffled, sorted by length within stretches of 64 batches to save padding, cut, and the batches shuffled."""
-    rng = np.random.default_rng([seed, epoch])
+    rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))
     stretch = np.arange(len(order)) // (64 * batch)
     order = order[np.lexsort((lengths[order], stretch))]
     cuts = np.split(order, range(batch, len(order), batch))
     return [cuts[i] for i in rng.permutation(len(cuts))]
-
-
-def steps_in(pairs, batch, epochs):
-    """Steps of `epochs` passes, a fraction allowed; at least one."""
-    return max(1, math.ceil(epochs * math.ceil(pairs / batch)))
 
 
 # ---------------------------------------------------------------------------------------------------------- vocabulary

@@ -90,7 +90,7 @@ class Preset:
 
 
 PRESETS = {
-    "demo": Preset(32, 2, 2, lr=(2e-3, 4e-3, 2e-3, 2e-3), epochs=(0.3, 0.3, 0.15, 0.3), dropout=0.0, vocab=4000),
+    "demo": Preset(12, 2, 2, lr=(2e-3, 4e-3, 2e-3, 2e-3), epochs=(0.3, 1, 0.12, 0.18), dropout=0.0, vocab=4000),
     "minilm": Preset(128, 6, 2, batch=(64, 256, 64, 64)),
     "xlmr": Preset(128, 3, 4, lr=(16e-5, 16e-5, 8e-5, 16e-5)),
 }

@@ -8,6 +8,7 @@ import difflib
 import fcntl
 import glob
 import json
+import math
 import os
 import platform
 import re
@@ -312,43 +313,53 @@ def used_per_token(model, layers=True):
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
-def pair_batches(run, stage, model, corpus, store, targets, english, rows, dev=None):
-    """(terms_at, dev_loss) of a stage for `fit`. store: tokens; targets: vectors of `english` ids and, in stages with own
-    targets, of all ids."""
-    p, (flat, starts) = run.p, store
-    batch, lengths = p.batch[stage - 1], np.diff(starts)
-    size = lengths[corpus.pairs[rows]].sum(1)
-    per_epoch, orders = -(-len(rows) // batch), {}
+def pair_batches(run, stage, model, corpus, rows, sources, epochs=None):
+    """(terms_at, loss, steps): the batches of a stage for `fit`, over the pairs numbered `rows`.
+
+    terms_at(step): for training, `epochs` passes; loss(): the mean loss over all rows, for dev. Targets are computed for
+    the sentences that will be seen, once, and read from disk by step."""
+    s, batch, cache = STAGES[stage], run.p.batch[stage - 1], run.args.cache
+    flat, starts = data.tokens(corpus, model, cache)
+    size = np.diff(starts)[corpus.pairs[rows]].sum(1)
+    seed = [run.args.seed, stage]
+    first = data.batch_order(size, batch, [*seed, 0])
+    steps = max(1, math.ceil((epochs or 1) * len(first)))
+    seen = corpus.pairs[rows[np.concatenate(first[:steps])]]                           # all of them from one pass on
+    ids = np.unique(seen if s.own else seen[:, 0])
+    folder = sources[s.source]
+    source = load_for(run, folder)
+    # Unit vectors have a variance of 1/H a dimension, so their MSE all but vanishes beside the contrastive term; raw
+    # vectors keep the paper's 1:1:1 in balance. The README has the figures.
+    form = {"unit": run.p.targets != "raw", "scale": source.config.hidden_size ** 0.5 if run.p.targets == "scaled" else 1.0} if s.source == "teacher" else {}
+    vectors = data.vectors(corpus, ids, source, fingerprint(folder), cache, s.layers, progress=progress(run, f"targets of stage {stage}"), **form)
+    orders = {0: first}
 
     def side(ids):
-        arrays = pad(flat, starts, ids, model.config.pad_token_id)
-        return tuple(torch.from_numpy(a).to(run.args.device) for a in arrays)
+        return tuple(torch.from_numpy(a).to(run.args.device) for a in pad(flat, starts, ids, model.config.pad_token_id))
 
-    def vector(ids):
-        where = ids if STAGES[stage].own else np.searchsorted(english, ids)
-        return torch.from_numpy(targets[where].astype(np.float32)).to(run.args.device)
+    def target(wanted):
+        return torch.from_numpy(vectors[np.searchsorted(ids, wanted)].astype(np.float32)).to(run.args.device)
 
     def terms(numbers):
-        pairs = corpus.pairs[rows[numbers]]                                            # (N, 2)
-        s, t = side(pairs[:, 0]), side(pairs[:, 1])
-        out = msd.stage_loss(stage, model, s, t, vector(pairs[:, 0]), vector(pairs[:, 1]) if STAGES[stage].own else None, not run.args.no_contrast)
-        return out, int(size[numbers].sum()), rows[numbers]
+        i, j = corpus.pairs[rows[numbers]].T                                           # (N,) English, (N,) translations
+        return msd.stage_loss(stage, model, side(i), side(j), target(i), target(j) if s.own else None, not run.args.no_contrast)
 
     def terms_at(step):
-        epoch, i = divmod(step, per_epoch)
+        epoch, i = divmod(step, len(first))
         if epoch not in orders:
             orders.clear()
-            orders[epoch] = data.batch_order(size, batch, run.args.seed * 10 + stage, epoch)
-        return terms(orders[epoch][i])
+            orders[epoch] = data.batch_order(size, batch, [*seed, epoch])
+        numbers = orders[epoch][i]
+        return terms(numbers), int(size[numbers].sum()), rows[numbers]
 
-    def dev_loss():
+    def loss():
         model.eval()
         with torch.inference_mode():
-            losses = [float(sum(terms(b)[0].values())) * len(b) for b in data.batch_order(size, batch, 0, 0)]
+            total = sum(len(b) * float(sum(terms(b).values())) for b in first)
         model.train()
-        return sum(losses) / len(rows)
+        return total / len(rows)
 
-    return terms_at, dev_loss
+    return terms_at, loss, steps
 
 
 def progress(run, what):
@@ -369,24 +380,6 @@ def fingerprint(folder):
     """Names a model directory by its content."""
     folder = Path(folder)
     return data.digest(*sorted(f for pattern in ("**/*.safetensors", "**/*.json") for f in folder.glob(pattern)))
-
-
-class Targets:
-    """Vectors of a corpus from teacher and assistant, made once in the cache and reused by every stage and run."""
-    def __init__(self, run, teacher_dir, corpus):
-        self.run, self.dir, self.corpus = run, teacher_dir, corpus
-        self.english = np.unique(corpus.pairs[:, 0])
-        self.all = np.arange(len(corpus.first))
-
-    def __call__(self, stage, assistant_dir):
-        run, how, s = self.run, self.run.p.targets, STAGES[stage]
-        folder = self.dir if s.source == "teacher" else assistant_dir
-        model = load_for(run, folder)
-        # Unit vectors have a variance of 1/H a dimension, so their MSE all but vanishes beside the contrastive term:
-        # raw vectors keep the paper's 1:1:1. The README has the figures.
-        form = {"unit": how != "raw", "scale": model.config.hidden_size ** 0.5 if how == "scaled" else 1.0} if s.source == "teacher" else {}
-        return data.vectors(self.corpus, self.all if s.own else self.english, model, fingerprint(folder), run.args.cache, layers=s.layers,
-                            progress=progress(run, f"targets of stage {stage}"), **form)
 
 
 def load_for(run, folder, train=False):
@@ -433,8 +426,7 @@ def pipeline(run):
     sts = data.read_sts(args.sts) if args.sts else {}
     report(run, corpus)
     teacher = load_for(run, teacher_dir)
-    targets, dev_targets = Targets(run, teacher_dir, corpus), dev and Targets(run, teacher_dir, dev)
-    look(run, teacher, targets(1, None))
+    look(run, teacher, corpus)
 
     assistant_dir, start_dir = (out / "assistant" if 1 in args.stages else Path(args.assistant)), out / "start"
     if 1 in args.stages and not assistant_dir.exists():
@@ -450,7 +442,7 @@ def pipeline(run):
             model = load_for(run, start_dir, train=True)
         if model.config.hidden_size != teacher.config.hidden_size:
             raise InputError(f"{args.assistant}: hidden size {model.config.hidden_size}, but the teacher {teacher_dir} has {teacher.config.hidden_size}; stages 1 and 4 compare their vectors, so the widths must match")
-        train_stage(run, 1, model, corpus, dev, targets, dev_targets, None).save(assistant_dir)
+        train_stage(run, 1, model, corpus, dev, {"teacher": teacher_dir}).save(assistant_dir)
     names = {k: "student" if k == args.stages[-1] else f"stage{k}" for k in args.stages if k > 1}
     if (width := load_for(run, assistant_dir).config.hidden_size) != teacher.config.hidden_size and 4 in names:
         raise InputError(f"{assistant_dir}: hidden size {width}, but the teacher {teacher_dir} has {teacher.config.hidden_size}; stage 4 compares their vectors, so the widths must match")
@@ -461,21 +453,19 @@ def pipeline(run):
                 model = msd.make_student(load_for(run, assistant_dir, train=True), p.bottleneck, p.layers, p.recurrence, p.init, args.seed)
             else:
                 model = load_for(run, out / previous, train=True)
-            train_stage(run, k, model, corpus, dev, targets, dev_targets, assistant_dir).save(out / name)
+            train_stage(run, k, model, corpus, dev, {"teacher": teacher_dir, "assistant": assistant_dir}).save(out / name)
         previous = name
     finish(run, teacher_dir, assistant_dir, names, sts, dev)
 
 
-def train_stage(run, stage, model, corpus, dev, targets, dev_targets, assistant_dir):
-    p = run.p
-    def batches(c, t, rows):
-        return pair_batches(run, stage, model, c, data.tokens(c, model, run.args.cache), t(stage, assistant_dir), t.english, rows)
+def train_stage(run, stage, model, corpus, dev, sources):
+    """One stage of STAGES from start to best weights. sources: {"teacher": folder, "assistant": folder}."""
+    p, k = run.p, stage - 1
     rows = np.flatnonzero(corpus.group == 0) if stage in (1, 4) else np.arange(len(corpus.pairs))
-    steps = data.steps_in(len(rows), p.batch[stage - 1], p.epochs[stage - 1])
-    terms_at, _ = batches(corpus, targets, rows)
-    dev_loss = batches(dev, dev_targets, np.arange(len(dev.pairs)))[1] if dev else None
-    run.say(f"stage {stage}, {STAGES[stage].title}: {len(rows):,} pairs, {steps:,} steps of {p.batch[stage - 1]}, learning rate {p.lr[stage - 1]:g}")
-    return fit(run, f"stage {stage}", model, steps, p.lr[stage - 1], terms_at, dev_loss, STAGES[stage].layers)
+    terms_at, _, steps = pair_batches(run, stage, model, corpus, rows, sources, p.epochs[k])
+    dev_loss = pair_batches(run, stage, model, dev, np.arange(len(dev.pairs)), sources)[1] if dev else None
+    run.say(f"stage {stage}, {STAGES[stage].title}: {len(rows):,} pairs, {steps:,} steps of {p.batch[k]}, learning rate {p.lr[k]:g}")
+    return fit(run, f"stage {stage}", model, steps, p.lr[k], terms_at, dev_loss, STAGES[stage].layers)
 
 
 # -------------------------------------------------------------------------------------------------------------- reports
@@ -491,14 +481,18 @@ def report(run, corpus):
     run.log(data=corpus.report, distinct=len(corpus.first), repeated=twice)
 
 
-def look(run, teacher, vectors):
+def look(run, teacher, corpus):
     """A look at the teacher before hours of training on it."""
-    rows = np.sort(np.random.default_rng(0).permutation(len(vectors))[:5000])
-    seen = msd.look(vectors[rows])
-    run.say(f"teacher: width {seen['width']}, mean norm {seen['norm']:.3f}, mean cosine of different sentences {seen['cosine']:.3f}, "
-            f"MSE of the best constant guess {seen['constant_mse']:.5f} (a loss near it has learnt nothing)")
-    if abs(seen["norm"] - 1) < 1e-3:
-        run.say(f"  warning: unit targets; their MSE is at most {2 / seen['width']:.5f} a dimension and drowns beside the contrastive term: use --targets raw")
+    ids = np.unique(corpus.pairs[:, 0])
+    texts = corpus.texts(np.sort(np.random.default_rng(0).permutation(ids)[:4000]))
+    flat, starts = teacher.tokenize(texts)
+    v, H = teacher.embed(flat, starts), teacher.config.hidden_size
+    v = v if run.p.targets == "raw" else msd.unit(v) * (1 if run.p.targets == "unit" else H ** 0.5)
+    seen = {**msd.look(v), "truncated": float((np.diff(starts) >= teacher.config.max_seq_length).mean())}
+    run.say(f"teacher: width {H}, mean norm {seen['norm']:.3f}, mean cosine of different sentences {seen['cosine']:.3f}, {seen['truncated']:.1%} truncated; "
+            f"MSE of the best constant guess {seen['constant_mse']:.5f}: a loss near it has learnt nothing")
+    if run.p.targets == "unit":
+        run.say(f"  warning: unit targets: an MSE of at most {seen['constant_mse']:.5f} drowns beside the contrastive term; prefer --targets raw")
     if seen["cosine"] > 0.8:
         run.say("  warning: all sentences look alike to this teacher; is it a sentence encoder, with the right pooling?")
     run.log(teacher=seen)
@@ -618,12 +612,40 @@ def execute(args, preset):
     pipeline(run)
 
 
+CHECK = ["--preset", "demo", "--epochs", "0.02,0.05,0.01,0.02", "--dtype", "float32", "--evals", "1", "--seed", "0"]
+CURVE, SCORE = 0.05, 1.0            # tolerances: a loss in relative terms; a Spearman x 100 in points
+
+
+def check(update):
+    """Train a short fixed recipe and compare its losses and scores with results/check.json; the first difference fails.
+
+    The tolerances are about ten times the differences seen between one and two threads and between CPUs."""
+    file = Path(__file__).parent / "results" / "check.json"
+    with tempfile.TemporaryDirectory() as tmp:
+        args, preset = parse([*CHECK, "--out", f"{tmp}/run", "--cache", f"{tmp}/cache"])
+        execute(args, preset)
+        log = [json.loads(x) for x in (args.out / "log.jsonl").read_text().splitlines()]
+        got = {"curve": [[e["stage"], e["step"], e["loss"]] for e in log if "loss" in e][::5],
+               "spearman": {k: msd.mean_spearman(r["spearman"])[0] for k, r in read_json(args.out / "results.json")["rows"].items()}}
+    if update:
+        with atomic(file) as tmp:
+            tmp.write_text(json.dumps(got, indent=1))
+        return print(f"wrote {file}")
+    want = read_json(file)
+    for (stage, step, old), (*at, new) in zip(want["curve"], got["curve"], strict=True):
+        if at != [stage, step] or not abs(new - old) <= CURVE * old:
+            raise Stop(f"check failed: {stage}, step {step}: loss {new:.6f}, the reference has {old:.6f} (tolerance {CURVE:.0%})", 1)
+    for row, old in want["spearman"].items():
+        if not abs(got["spearman"][row] - old) <= SCORE:
+            raise Stop(f"check failed: {row}: Spearman {got['spearman'][row]:.2f}, the reference has {old:.2f} (tolerance {SCORE})", 1)
+    worst = max(abs(n[2] - o[2]) / o[2] for o, n in zip(want["curve"], got["curve"]))
+    print(f"check passed: {len(want['curve'])} losses within {worst:.2%}, {len(want['spearman'])} scores within {max(abs(got['spearman'][k] - v) for k, v in want['spearman'].items()):.3f}")
+
+
 def main(argv=None):
     args, preset = parse(sys.argv[1:] if argv is None else argv)
-    if args.check or args.check_update:
-        return check(args.check_update)
     try:
-        execute(args, preset)
+        check(args.check_update) if args.check or args.check_update else execute(args, preset)
     except Stop as e:
         print(e, file=sys.stderr)
         sys.exit(e.code)
