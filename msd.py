@@ -90,14 +90,14 @@ class Preset:
 
 
 PRESETS = {
-    "demo": Preset(12, 2, 2, lr=(2e-3, 4e-3, 2e-3, 2e-3), epochs=(0.3, 1, 0.12, 0.18), dropout=0.0, vocab=4000),
+    "demo": Preset(12, 2, 2, lr=(2e-3, 4e-3, 2e-3, 2e-3), epochs=(0.25, 1, 0.12, 0.18), dropout=0.0, vocab=4000),
     "minilm": Preset(128, 6, 2, batch=(64, 256, 64, 64)),
     "xlmr": Preset(128, 3, 4, lr=(16e-5, 16e-5, 8e-5, 16e-5)),
 }
 
 # The demo's own teacher, trained on the built-in scores; train.py sets the vocabulary.
 DEMO_TEACHER = Config(0, 128, 4, 4, 512, 64, model_type="bert", pad_token_id=1, max_seq_length=64)
-DEMO_TEACHER_STEPS = 600
+DEMO_TEACHER_STEPS = 450
 
 
 # ------------------------------------------------------------------------------------------------ the models of a stage

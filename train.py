@@ -463,7 +463,8 @@ def train_stage(run, stage, model, corpus, dev, sources):
     p, k = run.p, stage - 1
     rows = np.flatnonzero(corpus.group == 0) if stage in (1, 4) else np.arange(len(corpus.pairs))
     terms_at, _, steps = pair_batches(run, stage, model, corpus, rows, sources, p.epochs[k])
-    dev_loss = pair_batches(run, stage, model, dev, np.arange(len(dev.pairs)), sources)[1] if dev else None
+    few = dev and np.sort(np.random.default_rng(0).permutation(len(dev.pairs))[:1000])    # enough to rank checkpoints
+    dev_loss = pair_batches(run, stage, model, dev, few, sources)[1] if dev else None
     run.say(f"stage {stage}, {STAGES[stage].title}: {len(rows):,} pairs, {steps:,} steps of {p.batch[k]}, learning rate {p.lr[k]:g}")
     return fit(run, f"stage {stage}", model, steps, p.lr[k], terms_at, dev_loss, STAGES[stage].layers)
 
