@@ -89,9 +89,11 @@ def _count(value):
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2 ** 62
 
 
-def read_safetensors(path):
+def read_safetensors(path, to=None, copy=False):
     """(tensors by name, metadata) of a safetensors file. Tensors are views of a private mapping of the file: a page
-    costs memory when it is first touched, and nothing is copied. Raises: InputError with the file and the reason."""
+    costs memory when it is first touched, and nothing is copied. With `to`, those of another floating dtype are
+    converted, with `copy` all are copied, one at a time, and the pages they came from are given back.
+    Raises: InputError with the file and the reason."""
     def check(ok, reason):
         if not ok:
             raise InputError(f"{path}: not a valid safetensors file: {reason}. Fetch or export it again")
@@ -131,6 +133,11 @@ def read_safetensors(path):
             tensors[name] = torch.frombuffer(bytearray(data[start:start + b - a]), dtype=kind).view(shape)
         else:
             tensors[name] = torch.frombuffer(data, dtype=kind, count=n, offset=start).view(shape)
+        if copy or kind.is_floating_point and to not in (None, kind):
+            tensors[name] = tensors[name].to(to if to and kind.is_floating_point else kind, copy=True)
+            first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + b - a) // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                data.madvise(mmap.MADV_DONTNEED, first, last - first)
     end = 0
     for a, b, name in sorted(spans):
         check(a == end, f"{name!r} starts at byte {a}, expected {end}: tensors overlap or leave a hole")
@@ -373,7 +380,7 @@ class Encoder(nn.Module):
     def hidden(self, ids, mask, layers=True):
         """ids, mask (N, T) -> (N, T, H). layers=False stops after the embedding block (stage 2)."""
         x = self.embeddings(ids, self.dtype)
-        bias = None if mask.all() else torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)[:, None, None]
+        bias = None if mask.device.type == "cpu" and mask.all() else torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)[:, None, None]
         for _ in range(self.config.recurrence if layers else 0):
             for layer in self.layers:                          # cycle order 1..K, 1..K, ...
                 x = layer(x, bias)
@@ -472,18 +479,19 @@ def from_hf(tensors):
     return out
 
 
-def read_weights(folder):
-    """All tensors of a directory by our names, pooler and position_ids left out, from one file or its shards."""
+def read_weights(folder, to=None, copy=False):
+    """All tensors of a directory by our names, pooler and position_ids left out, from one file or its shards; to and
+    copy as in read_safetensors."""
     folder = Path(folder)
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if file.exists():
-        tensors = read_safetensors(file)[0]
+        tensors = read_safetensors(file, to, copy)[0]
     elif index.exists():
         shards, tensors = read_json(index).get("weight_map"), {}
         if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
             raise InputError(f"{index}: weight_map must map tensor names to files beside it")
         for shard in sorted(set(shards.values())):
-            part = read_safetensors(folder / shard)[0]
+            part = read_safetensors(folder / shard, to, copy)[0]
             if set(part) != {k for k, s in shards.items() if s == shard}:
                 raise InputError(f"{folder / shard}: its tensors are not those that {index.name} lists for it")
             tensors.update(part)
@@ -544,7 +552,7 @@ def load(folder, dtype=None, device=None, train=False):
     kind = getattr(torch, dtype) if dtype else best_dtype(device)[0]
     body = _modules(root)[0] if (root / "modules.json").exists() else root
     tokenizer, pad_id = read_tokenizer(body)
-    state = read_weights(body)
+    state = read_weights(body, torch.float32 if train else kind, copy=train)
     table = state.get("embeddings.word.weight")
     if table is None or table.dim() != 2:
         raise InputError(f"{body / 'model.safetensors'}: no 2-dimensional embeddings.word_embeddings.weight in it; not an encoder of a supported family")
@@ -559,5 +567,5 @@ def load(folder, dtype=None, device=None, train=False):
         f"{k} has shape {tuple(state[k].shape)}, expected {tuple(s)}" for k, s in want.items() if k in state and state[k].shape != s]
     if faults:
         raise InputError(f"{body}: the weights do not fit config.json: {'; '.join(faults[:12])}" + (f"; and {len(faults) - 12} more" if len(faults) > 12 else ""))
-    model.load_state_dict({k: v.to(torch.float32 if train else kind) for k, v in state.items()}, assign=True)
+    model.load_state_dict(state, assign=True)
     return model.to(device).requires_grad_(train).train(train)

@@ -692,7 +692,7 @@ def tsv(folder, n=120):
         rows[" ".join(pick)] = " ".join(w[::-1] for w in pick)
     folder.mkdir(exist_ok=True)
     write(folder / "en-de.tsv", "".join(f"{a}\t{b}\n" for a, b in rows.items()))
-    write(folder / "STS.en-de.txt", "".join(f"{a}\t{b}\t{i % 6}\n" for i, (a, b) in enumerate(list(rows.items())[:20])))
+    write(folder / "sts" / "STS.en-de.txt", "".join(f"{a}\t{b}\t{i % 6}\n" for i, (a, b) in enumerate(list(rows.items())[:20])))
     return folder
 
 
@@ -706,7 +706,7 @@ def world(tmp_path_factory, tokenizer):
 
 def command(world, out, *more):
     d = world / "d"
-    return [sys.executable, HERE / "train.py", "--teacher", world / "teacher", "--train", d / "en-*.tsv", "--dev", d / "en-de.tsv", "--sts", d, "--preset", "demo", "--epochs", "2", "--batch", "16",
+    return [sys.executable, HERE / "train.py", "--teacher", world / "teacher", "--train", d / "en-*.tsv", "--dev", d / "en-de.tsv", "--sts", d / "sts", "--preset", "demo", "--epochs", "2", "--batch", "16",
             "--vocab", "200", "--bottleneck", "8", "--dropout", "0.1", "--out", out, "--cache", world / "cache", "--threads", "1", "--save-seconds", "0", *more]
 
 
