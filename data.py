@@ -4,16 +4,18 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import zlib
+from array import array
 from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from model import InputError, atomic, pad
+from model import InputError, atomic, read_json
 
 # ------------------------------------------------------------------------------------------------- the built-in corpus
 DEMO = Path(__file__).parent / "demo"
@@ -171,12 +173,12 @@ def read_lines(path):
         raise InputError(f"{path}: no such file") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise InputError(f"{path}: the gzip stream is truncated or corrupt after line {number} ({e}); fetch the file again") from None
-    except OSError as e:
-        raise InputError(f"{path}: cannot read ({e.strerror or e})") from None
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot read ({e})") from None
 
 
 def read_pairs(path, report, strict=False, max_chars=250, max_lines=None):
-    """Yield (english, translation) of one file of english<TAB>translation lines, counting every line in `report`.
+    """Yield (line number, english, translation) of a file of english<TAB>translation lines, counting every line in `report`.
 
     report gets: lines = kept + long (over max_chars, the paper's rule) + blank + the sum of bad by reason; examples.
     Raises: InputError at the first bad line if strict, at the end if more than 1 % of the lines are bad."""
@@ -202,7 +204,7 @@ def read_pairs(path, report, strict=False, max_chars=250, max_lines=None):
             report["long"] += 1
         else:
             report["kept"] += 1
-            yield sides
+            yield number, *sides
     bad = sum(report["bad"].values())
     if bad > 0.01 * report["lines"]:
         raise InputError(f"{path}: {bad} of {report['lines']} lines are bad, more than 1 %: {dict(report['bad'])}. First: {'; '.join(report['examples'])}")
@@ -247,15 +249,24 @@ def digest(*parts):
     return h.hexdigest()
 
 
+def open_array(path):
+    """A memory-mapped array of the cache. Raises: InputError if it is damaged."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise InputError(f"{path}: damaged cache entry ({e}); delete {path.parent if path.parent.name.startswith(('corpus-', 'tokens-')) else path} and run again") from None
+
+
 class Corpus:
-    """Sentence pairs, memory-mapped: memory stays small however many there are.
+    """Sentence pairs, memory-mapped once they are built.
 
     pairs (n, 2): numbers of distinct sentences, english and translation; group (n,): 0 for files of all stages, 1 for
-    those of stages 2 and 3 alone; `first`: where each distinct sentence stands in the text; report: a dict a file."""
+    those of stages 2 and 3 alone; line (n,): a pair's line in its file; first: where each distinct sentence stands in the
+    text; report: a dict a file."""
     def __init__(self, folder):
         self.folder, self.key = Path(folder), Path(folder).name
-        self.text, self.starts, self.pairs, self.group, self.first = (np.load(self.folder / f"{n}.npy", mmap_mode="r") for n in ("text", "starts", "pairs", "group", "first"))
-        self.report = json.loads((self.folder / "report.json").read_text())
+        self.text, self.starts, self.pairs, self.group, self.line, self.first = (open_array(self.folder / f"{n}.npy") for n in ("text", "starts", "pairs", "group", "line", "first"))
+        self.report = read_json(self.folder / "report.json")["files"]
 
     def texts(self, ids):
         rows = self.first[ids]
@@ -269,13 +280,14 @@ def build_corpus(files, cache, extra=(), strict=False, max_chars=250, max_lines=
     files = sorted({(Path(f).name, digest(Path(f)), group, str(f)) for group, names in enumerate((files, extra)) for f in names})
     folder = Path(cache) / f"corpus-{digest([f[:3] for f in files], max_chars, max_lines)}"
     if not folder.exists():
-        hashes, lengths, group, reports = [], [], [], []
+        hashes, lengths, group, numbers, reports = array("Q"), array("I"), array("B"), array("I"), []
         with atomic(folder) as tmp:
             tmp.mkdir()
             with open(tmp / "raw", "wb") as raw:
                 for name, _, g, path in files:
                     reports.append(report := {})
-                    for sides in read_pairs(path, report, strict, max_chars, max_lines):
+                    for number, *sides in read_pairs(path, report, strict, max_chars, max_lines):
+                        numbers.append(number)
                         for data in (s.encode() for s in sides):
                             raw.write(data)
                             lengths.append(len(data))
@@ -291,8 +303,9 @@ def build_corpus(files, cache, extra=(), strict=False, max_chars=250, max_lines=
             np.save(tmp / "starts.npy", np.concatenate([[0], np.cumsum(np.array(lengths, np.int64))]))
             np.save(tmp / "pairs.npy", ids.reshape(-1, 2).astype(np.int64))
             np.save(tmp / "first.npy", first)
-            np.save(tmp / "group.npy", np.array(group, np.uint8))
-            (tmp / "report.json").write_text(json.dumps(reports))
+            np.save(tmp / "group.npy", np.array(group))
+            np.save(tmp / "line.npy", np.array(numbers))
+            (tmp / "report.json").write_text(json.dumps({"files": reports}))
     corpus = Corpus(folder)
     if strict and (bad := [e for r in corpus.report for e in r["examples"]]):
         raise InputError(f"{bad[0]}. Mend the line, or leave out --strict to drop up to 1 % of such lines")
@@ -314,27 +327,32 @@ def tokens(corpus, encoder, cache, chunk=20000):
             np.save(tmp / "ids.npy", np.memmap(tmp / "raw", np.uint32, "r"))
             (tmp / "raw").unlink()
             np.save(tmp / "starts.npy", np.concatenate(starts))
-    return np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "starts.npy", mmap_mode="r")
+    return open_array(folder / "ids.npy"), open_array(folder / "starts.npy")
 
 
 def vectors(corpus, ids, encoder, fingerprint, cache, layers=True, scale=1.0, unit=False, progress=None, chunk=8192):
     """An encoder's vectors (len(ids), H) of the sentences numbered `ids`, a memory-mapped float16 file made once.
 
     fingerprint: names the encoder's weights. unit: on the sphere; scale: multiplies them. progress: called with (done, all)."""
-    path = Path(cache) / f"vectors-{digest(corpus.key, ids.tobytes(), fingerprint, str(encoder.dtype), layers, scale, unit)}.npy"
+    path = Path(cache) / f"vectors-{digest(corpus.key, ids.tobytes(), fingerprint, str(encoder.dtype), encoder.config.max_seq_length, layers, scale, unit)}.npy"
     if not path.exists():
         with atomic(path) as tmp:
             out = np.lib.format.open_memmap(tmp, "w+", np.float16, (len(ids), encoder.config.hidden_size))
+            with open(tmp, "r+b") as f:                     # a full disk is an error here, not a crash in the mapping
+                os.posix_fallocate(f.fileno(), 0, tmp.stat().st_size)
             for i in range(0, len(ids), chunk):
                 v = encoder.embed(*encoder.tokenize(corpus.texts(ids[i:i + chunk])), layers=layers)
                 v = v / np.linalg.norm(v, axis=1, keepdims=True) if unit else v
                 out[i:i + chunk] = scale * v
                 if not np.isfinite(out[i:i + chunk]).all():
-                    raise InputError(f"{fingerprint}: its vectors are not finite in float16; is this a trained sentence encoder?")
+                    raise InputError(f"the source of {path.name}: its vectors are not finite in float16; is this a trained sentence encoder?")
                 if progress:
                     progress(min(i + chunk, len(ids)), len(ids))
             out.flush()
-    return np.load(path, mmap_mode="r")
+    out = open_array(path)
+    if out.shape != (len(ids), encoder.config.hidden_size) or out.dtype != np.float16:
+        raise InputError(f"{path}: damaged cache entry ({out.dtype} {out.shape}); delete it and run again")
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------- batches

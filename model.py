@@ -8,7 +8,6 @@ import math
 import mmap
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,23 +34,28 @@ def sync(path):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary name beside `path`, a file's or a folder's; on success it takes the place of `path` in one
-    rename, on failure it goes. A kill at any moment leaves the old content or the new, never a part.
+    """Yield a temporary name beside `path`, a file's or a folder's; on success it takes the place of `path` by a rename,
+    on failure it goes. A kill at any moment leaves a file's old content or its new, never a part; a folder likewise,
+    where there was none before.
 
     Raises: InputError where the disk is full or not writable, naming the path; what was at `path` stays."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(f".{path.name}.tmp*"):                      # left by a kill in an earlier save
-            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
-        tmp = Path(tempfile.mktemp(prefix=f".{path.name}.tmp", dir=path.parent))
+        for old in path.parent.glob(f".{path.name}.tmp-*"):                     # left by a process killed in a save
+            if not os.path.exists(f"/proc/{old.name.split('-')[-1]}"):
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        tmp = path.parent / f".{path.name}.tmp-{os.getpid()}"
         try:
             yield tmp
             for file in ([*tmp.rglob("*")] if tmp.is_dir() else []) + [tmp]:
                 sync(file)
             if path.is_dir():
-                shutil.rmtree(path)
-            os.replace(tmp, path)
+                os.rename(path, aside := path.parent / f".{path.name}.old.tmp-{os.getpid()}")
+                os.replace(tmp, path)
+                shutil.rmtree(aside)
+            else:
+                os.replace(tmp, path)
             sync(path.parent)
         finally:
             if tmp.exists():
@@ -85,8 +89,8 @@ def _no_duplicates(pairs):
     return dict(pairs)
 
 
-def _count(value):
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2 ** 62
+def _count(value, limit=2 ** 62):
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit
 
 
 def read_safetensors(path, to=None, copy=False):
@@ -103,8 +107,8 @@ def read_safetensors(path, to=None, copy=False):
             size = os.fstat(f.fileno()).st_size
             check(size >= 8, f"{size} bytes, too short for a header")
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    except OSError as e:
-        raise InputError(f"{path}: cannot read ({e.strerror})") from None
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot read ({e})") from None
     length = int.from_bytes(data[:8], "little")
     check(length <= size - 8, f"header of {length} bytes in a file of {size}; the file is truncated or damaged")
     try:
@@ -117,7 +121,7 @@ def read_safetensors(path, to=None, copy=False):
 
     tensors, spans = {}, []
     for name, entry in header.items():
-        check(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}, f"{name!r} needs exactly dtype, shape and data_offsets")
+        check(name.isprintable() and isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}, f"{name!r} needs exactly dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         check(isinstance(dtype, str) and dtype in DTYPES, f"{name!r} has dtype {dtype!r}, known are {', '.join(DTYPES)}")
         check(isinstance(shape, list) and all(map(_count, shape)), f"{name!r} has shape {shape!r}")
@@ -182,7 +186,7 @@ class Config:
     type_vocab_size: int = 1
     layer_norm_eps: float = 1e-12
     hidden_act: str = "gelu"              # exact (erf) GELU
-    pad_token_id: int = 0                 # the tokenizer's; this word row stays zero and has no gradient
+    pad_token_id: int = 0                 # the tokenizer's; this word row has no gradient
     dropout: float = 0.0                  # in training only; presets set it
     recurrence: int = 1                   # R: the K layers are applied R times in the order 1..K, 1..K, ...
     bottleneck_size: int = 0              # B; 0: no bottleneck, the word table is (V, H)
@@ -217,7 +221,7 @@ def read_config(folder, pad_id, table, layers):
 
     check(raw.get("model_type") in FAMILIES, "model_type", f"one of {', '.join(FAMILIES)}; other families are not supported")
     for name in REQUIRED:
-        check(_count(raw.get(name)) and raw[name] > 0, name, "a positive whole number")
+        check(_count(raw.get(name), 2 ** 31) and raw[name] > 0, name, "a positive whole number")
     check(raw["hidden_size"] % raw["num_attention_heads"] == 0, "num_attention_heads", f"a divisor of hidden_size {raw['hidden_size']}")
     raw.setdefault("hidden_act", "gelu")
     check(isinstance(raw["hidden_act"], str) and raw["hidden_act"] in ACTIVATIONS, "hidden_act", f"one of {', '.join(ACTIVATIONS)}")
@@ -225,9 +229,9 @@ def read_config(folder, pad_id, table, layers):
     check(raw.get("is_decoder", False) is False, "is_decoder", "false")
     eps = raw.get("layer_norm_eps", 1e-12)
     check(isinstance(eps, float) and 0 < eps < 1, "layer_norm_eps", "a small positive number")
-    for name, default in (("recurrence", None), ("bottleneck_size", None), ("type_vocab_size", 2)):
+    for name, default in (("recurrence", None), ("bottleneck_size", None), ("pad_token_id", None), ("type_vocab_size", 2)):
         raw.setdefault(name, default)
-        check(raw[name] is None or _count(raw[name]), name, "a whole number")
+        check(raw[name] is None and default is None or _count(raw[name], 1000 if name == "recurrence" else 2 ** 31), name, "a whole number")
     # The authors' students keep the assistant's config.json: their depth K x R is its num_hidden_layers.
     depth, K = raw["num_hidden_layers"], layers
     R = raw["recurrence"] or (depth // K if K and depth % K == 0 else 1)
@@ -235,9 +239,9 @@ def read_config(folder, pad_id, table, layers):
     check(raw["vocab_size"] == table[0], "vocab_size", f"{table[0]}, the rows of the word table in the weights")
     B = table[1] if table[1] != raw["hidden_size"] or raw["bottleneck_size"] else 0
     check(raw["bottleneck_size"] in (None, B), "bottleneck_size", f"{B}, the width of the word table in the weights")
-    family = "bert" if raw["model_type"] == "bert" else raw["model_type"]
+    family = raw["model_type"]
     if family != "bert":                                # positions hang on it, so a disagreement cannot be repaired
-        check(raw.get("pad_token_id", pad_id) == pad_id, "pad_token_id", f"{pad_id}, the tokenizer's, as positions count from it")
+        check(raw["pad_token_id"] in (None, pad_id), "pad_token_id", f"{pad_id}, the tokenizer's, as positions count from it")
     config = Config(**{k: raw[k] for k in REQUIRED if k != "num_hidden_layers"}, num_hidden_layers=K, recurrence=R, bottleneck_size=B,
                     model_type=family, type_vocab_size=raw["type_vocab_size"], layer_norm_eps=eps, hidden_act=raw["hidden_act"],
                     pad_token_id=pad_id, pooling=pooling or raw.get("pooling", "mean"),
@@ -263,7 +267,7 @@ def _modules(root):
     file = kinds[1][1] / "config.json"
     raw = read_json(file)
     flags = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len"}
-    modes = [raw["pooling_mode"]] if "pooling_mode" in raw else [flags.get(k, k) for k, v in raw.items() if k.startswith("pooling_mode_") and v]
+    modes = [raw["pooling_mode"]] if "pooling_mode" in raw else [flags.get(k, k) for k, v in raw.items() if k.startswith("pooling_mode_") and v is not False]
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise InputError(f"{file}: pooling {modes}, expected exactly one of {', '.join(POOLINGS)}")
     return kinds[0][1], modes[0], len(names) == 3
@@ -275,9 +279,9 @@ def _text_settings(root, folder, raw, config):
     if (root / "modules.json").exists() and (folder / "sentence_bert_config.json").exists():
         settings, file = read_json(folder / "sentence_bert_config.json"), folder / "sentence_bert_config.json"
     limit = config.max_position_embeddings - config.first_position
-    tokens, lower = settings.get("max_seq_length") or limit, settings.get("do_lower_case") or False
-    if not _count(tokens) or tokens < 3 or not isinstance(lower, bool):
-        raise InputError(f"{file}: max_seq_length {tokens!r}, do_lower_case {lower!r}; expected a whole number over 2, and true or false")
+    tokens, lower = (default if settings.get(k) is None else settings[k] for k, default in (("max_seq_length", limit), ("do_lower_case", False)))
+    if not _count(tokens) or min(tokens, limit) < 3 or not isinstance(lower, bool):
+        raise InputError(f"{file}: max_seq_length {tokens!r} ({limit} positions), do_lower_case {lower!r}; expected whole numbers over 2, and true or false")
     return {"max_seq_length": min(tokens, limit), "do_lower_case": lower}
 
 
@@ -425,7 +429,7 @@ class Encoder(nn.Module):
     def save(self, folder):
         """Write a self-describing model directory, atomically: config.json, tokenizer.json, model.safetensors (float32).
         Names are Hugging Face's, so a model without bottleneck and recurrence opens there as well."""
-        c = {**vars(self.config), "position_embedding_type": "absolute", "hidden_dropout_prob": self.config.dropout, "attention_probs_dropout_prob": self.config.dropout}
+        c = {**{k: v for k, v in vars(self.config).items() if k != "dropout"}, "position_embedding_type": "absolute", "hidden_dropout_prob": self.config.dropout, "attention_probs_dropout_prob": self.config.dropout}
         with atomic(folder) as tmp:
             tmp.mkdir()
             (tmp / "config.json").write_text(json.dumps(c, indent=1, sort_keys=True) + "\n", "utf-8")
@@ -463,16 +467,16 @@ def to_hf(state):
 
 
 def from_hf(tensors):
-    """Hugging Face's names to ours: the inverse of to_hf. Names it does not know pass through, for a strict load to list."""
+    """Hugging Face's names to ours: the inverse of to_hf. Names it does not know, and a query, key or value that stands
+    alone, pass through, for a strict load to list."""
     out = {}
     for name, t in tensors.items():
-        if QKV[1] in name or QKV[2] in name:
-            continue
-        if QKV[0] in name:
-            parts = [tensors.get(name.replace(QKV[0], part)) for part in QKV]
-            if any(p is None for p in parts):
-                raise InputError(f"{name} stands without its key and value")
-            name, t = name.replace(QKV[0], "qkv"), torch.cat(parts)
+        if part := next((part for part in QKV if part in name), None):
+            parts = [tensors.get(name.replace(part, other)) for other in QKV]
+            if all(p is not None and p.shape == t.shape and p.dim() for p in parts):
+                if part != QKV[0]:
+                    continue
+                name, t = name.replace(part, "qkv"), torch.cat(parts)
         for ours, theirs in sorted(NAMES.items(), key=lambda item: -len(item[1])):
             name = name.replace(theirs, ours, 1)
         out[name] = t
@@ -499,8 +503,16 @@ def read_weights(folder, to=None, copy=False):
         old = next((n for n in ("pytorch_model.bin", "tf_model.h5", "model.ckpt.index") if (folder / n).exists()), None)
         raise InputError(f"{file}: no such file" + (f"; {old} is there, but it may run code when read. Convert it once, with transformers: "
                          f"AutoModel.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})" if old else ""))
-    tensors = {k.removeprefix("bert.").removeprefix("roberta.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v for k, v in tensors.items()}
-    return from_hf({k: v for k, v in tensors.items() if not k.startswith("pooler.") and not k.endswith("position_ids")})
+    out = {}
+    for name, t in tensors.items():
+        short = name.removeprefix("bert.").removeprefix("roberta.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if short.startswith("pooler.") or short.endswith("position_ids"):
+            continue
+        if short in out or not t.is_floating_point() or not torch.isfinite(t.sum()):
+            raise InputError(f"{folder}: weight {name} " + ("is there twice" if short in out else f"has dtype {t.dtype}, expected a floating one" if not t.is_floating_point()
+                             else "holds values that are not finite; the model is broken, use another checkpoint"))
+        out[short] = t
+    return from_hf(out)
 
 
 def read_tokenizer(folder):
@@ -522,8 +534,11 @@ def read_tokenizer(folder):
         raise InputError(f"{file}: no pad token (looked for {', '.join(repr(n) for n in dict.fromkeys(names) if n)}); batches cannot be formed without one")
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    if len(tokenizer.encode("").ids) < 2:
+    ends = tokenizer.encode("").ids
+    if len(ends) < 2:
         raise InputError(f"{file}: adds no start and end tokens to a sentence; its post_processor is missing. Save it again with transformers")
+    if pad_id in ends:
+        raise InputError(f"{file}: its pad token has id {pad_id}, which is also that of its start or end token; expected one of its own")
     return tokenizer, pad_id
 
 
@@ -558,8 +573,8 @@ def load(folder, dtype=None, device=None, train=False):
         raise InputError(f"{body / 'model.safetensors'}: no 2-dimensional embeddings.word_embeddings.weight in it; not an encoder of a supported family")
     layers = len({k.split(".")[1] for k in state if k.startswith("layers.")})
     config = read_config(root, pad_id, table.shape, layers)
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise InputError(f"{body / 'tokenizer.json'}: {tokenizer.get_vocab_size()} tokens, but the word table has {config.vocab_size} rows; they are not of one model")
+    if (largest := max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)) >= config.vocab_size:
+        raise InputError(f"{body / 'tokenizer.json'}: token ids up to {largest}, but the word table has {config.vocab_size} rows; they are not of one model")
     with torch.device("meta"):                                   # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, kind)
     want = {k: v.shape for k, v in model.state_dict().items()}

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import pre_tokenizers
 
 from data import read_lines
 from model import Config, Encoder, InputError, load
@@ -40,7 +39,6 @@ def contrastive(S_s, S_t, T_s):
 class Stage:
     """One row of the paper's schedule."""
     title: str
-    trains: str               # assistant or student
     source: str               # who gives the targets: teacher or assistant
     layers: bool              # False: the embedding blocks alone, pooled, on both sides of the loss
     own: bool                 # True: each side has its own target; False: the English side's serves both
@@ -48,10 +46,10 @@ class Stage:
 
 
 STAGES = {
-    1: Stage("teaching assistant", "assistant", "teacher", layers=True, own=False),
-    2: Stage("align the bottleneck", "student", "assistant", layers=False, own=True),
-    3: Stage("distil", "student", "assistant", layers=True, own=True),
-    4: Stage("multilingual contrastive learning", "student", "teacher", layers=True, own=False, contrast=True),
+    1: Stage("teaching assistant", "teacher", layers=True, own=False),
+    2: Stage("align the bottleneck", "assistant", layers=False, own=True),
+    3: Stage("distil", "assistant", layers=True, own=True),
+    4: Stage("multilingual contrastive learning", "teacher", layers=True, own=False, contrast=True),
 }
 
 
@@ -82,7 +80,7 @@ class Preset:
     dropout: float = 0.1
     max_tokens: int = 128
     max_chars: int = 250                      # longer sentences are dropped
-    max_lines: int = 500_000                  # read at most so many lines of a file
+    max_lines: tuple = (500_000, 300_000, 300_000, 500_000)   # of each file
     vocab: int = 32_000                       # pieces, where the assistant's vocabulary is trained here
     warmup: float = 0.1                       # share of a stage's steps
     weight_decay: float = 0.01                # not on biases and LayerNorm
@@ -145,6 +143,15 @@ def make_assistant(teacher, tokenizer, pad_id):
     return model
 
 
+def check_sizes(c, B, K, R):
+    """Raises: InputError where an assistant of Config c cannot give a student of these sizes."""
+    for ok, what in ((1 <= K <= c.num_hidden_layers, f"--layers {K}: expected 1 to {c.num_hidden_layers}, the assistant's"),
+                     (0 <= B < c.hidden_size, f"--bottleneck {B}: expected less than {c.hidden_size}, the assistant's hidden size, or 0 for none"),
+                     (R >= 1, f"--recurrence {R}: expected 1 or more"), (c.bottleneck_size == 0, "the assistant has a bottleneck itself; give the full-size model")):
+        if not ok:
+            raise InputError(what)
+
+
 @torch.no_grad()
 def make_student(assistant, B, K, R, init="svd", seed=0):
     """The student before stage 2 (or, without a bottleneck, 3): B -> H embedding block, the assistant's first K layers, R times.
@@ -152,14 +159,9 @@ def make_student(assistant, B, K, R, init="svd", seed=0):
     init: "svd" starts the bottleneck from the truncated SVD of the assistant's word table, with its positions, token
     types and LayerNorm; "paper" starts the whole block from noise. Raises: InputError for sizes that do not fit."""
     c = assistant.config
-    for ok, what in ((1 <= K <= len(assistant.layers), f"--layers {K}: the assistant has {len(assistant.layers)} layers to copy from"),
-                     (0 <= B < c.hidden_size, f"--bottleneck {B}: must be smaller than the assistant's hidden size {c.hidden_size}; 0 for none"),
-                     (R >= 1, f"--recurrence {R}: must be at least 1"), (init in ("svd", "paper"), f"--init {init}: svd or paper"),
-                     (c.bottleneck_size == 0, "the assistant has a bottleneck itself; give the full-size model")):
-        if not ok:
-            raise InputError(what)
+    check_sizes(c, B, K, R)
     student = Encoder(replace(c, bottleneck_size=B, num_hidden_layers=K, recurrence=R), assistant.tokenizer, assistant.dtype)
-    init_weights(student, torch.Generator().manual_seed(seed))
+    init_weights(student, torch.Generator().manual_seed(seed)).to(assistant.device)
     student.layers.load_state_dict({k: v.float() for k, v in assistant.layers.state_dict().items() if int(k.split(".")[0]) < K})
     ours, theirs = student.embeddings, assistant.embeddings
     if B and init == "paper":
@@ -171,7 +173,7 @@ def make_student(assistant, B, K, R, init="svd", seed=0):
         ours.word.weight.copy_(E)
         return student
     # The right singular vectors of E are the eigenvectors of E'E, which is only (H, H): exact, and no copy of E.
-    gram = torch.zeros(c.hidden_size, c.hidden_size, dtype=torch.float64)
+    gram = torch.zeros(c.hidden_size, c.hidden_size, dtype=torch.float64, device=E.device)
     for rows in E.split(16384):
         rows = rows.double()
         gram += rows.T @ rows
@@ -286,7 +288,11 @@ def main(argv=None):
         for arg in ("dir", *extra):
             p.add_argument(arg)
     sub.choices["search"].add_argument("--top", type=int, default=5, help="how many lines to show")
+    for p in (ap, *sub.choices.values()):
+        p.error = usage_error
     args = ap.parse_args(argv)
+    if not " ".join(map(str, vars(args).values())).isprintable() or getattr(args, "top", 1) < 1:
+        raise InputError("expected text in UTF-8 without control characters, and --top of 1 or more")
     model = load(args.dir, args.dtype)
     if args.command == "similarity":
         a, b = unit(model.encode([args.a, args.b]))
@@ -306,6 +312,11 @@ def main(argv=None):
             print(f"{part:10}{n:14,} parameters{n * 4 / 2**20:10.1f} MB float32{n * 2 / 2**20:10.1f} MB bfloat16")
 
 
+def usage_error(message):
+    """argparse's own complaint, as one line like every other."""
+    raise InputError(f"{message}; --help lists what there is")
+
+
 def run_cli(main):
     """Call a command line's main(); an InputError becomes one line and exit code 2."""
     try:
@@ -315,6 +326,8 @@ def run_cli(main):
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -50,13 +50,13 @@ HELP = {
     "dropout": "0 suits one or a few passes; 0.1 for the paper's long schedule",
     "max_tokens": "longer sentences are truncated; lower it where memory is short",
     "max_chars": "pairs with a longer side are dropped, as in the paper",
-    "max_lines": "read at most so many lines of a file; the paper takes 500000 in stages 1 and 4, 300000 in 2 and 3",
+    "max_lines": "read at most so many lines of each file, one or four with commas",
     "vocab": "pieces of the multilingual vocabulary, where it is trained here; about 4000 a language is a fair start",
     "warmup": "share of a stage's steps over which the learning rate rises",
     "weight_decay": "AdamW's, not on biases and LayerNorm",
     "clip": "largest gradient norm; a log full of much larger norms asks for a lower learning rate",
 }
-# What may differ between a run and its continuation, because the result does not depend on it.
+# What may differ between a run and its continuation: the result does not depend on it, or in its last bits only.
 FREE = {"out", "cache", "restart", "save_seconds", "threads", "check", "check_update", "strict", "device"}
 
 
@@ -96,6 +96,7 @@ def parse(argv):
         name = word.split("=")[0]
         if name.startswith("--") and name not in flags:
             raise InputError(f"unknown flag {name}" + _nearest(name, flags))
+    ap.error = msd.usage_error
     args = ap.parse_args(argv)
     args.preset = args.preset or ("minilm" if args.train or args.teacher else "demo")
     if args.preset not in PRESETS:
@@ -115,21 +116,34 @@ def parse(argv):
             raise InputError(f"--{f.name.replace('_', '-')} {text!r}: expected one value" + (" or four, for stages 1 to 4" if isinstance(old, tuple) else ""))
         changes[f.name] = (values * 4)[:4] if isinstance(old, tuple) else values[0]
     p = dataclasses.replace(PRESETS[args.preset], **changes)
-    for name, ok, expected in (("epochs", min(p.epochs) > 0, "positive numbers"), ("batch", min(p.batch) > 0, "positive numbers"), ("lr", min(p.lr) > 0, "positive numbers"),
+    if p.bottleneck == 0 and args.lr is None:                   # the paper lowers stage 3's rate for the bottleneck alone
+        p = dataclasses.replace(p, lr=(p.lr[0], p.lr[1], p.lr[0], p.lr[3]))
+    for name, ok, expected in (("epochs", 0 < min(p.epochs) and max(p.epochs) < 1e6, "positive numbers"), ("max_lines", min(p.max_lines) > 0, "positive numbers"), ("max_chars", p.max_chars > 0, "a positive number"), ("batch", min(p.batch) > 0, "positive numbers"), ("lr", min(p.lr) > 0, "positive numbers"),
                                ("dropout", 0 <= p.dropout < 1, "0 up to 1"), ("warmup", 0 <= p.warmup < 1, "0 up to 1"), ("clip", p.clip > 0, "a positive number"),
-                               ("init", p.init in ("svd", "paper"), "svd or paper"), ("targets", p.targets in ("raw", "unit", "scaled"), "raw, unit or scaled"),
+                               ("weight_decay", 0 <= p.weight_decay < math.inf, "0 or more"), ("lr", max(p.lr) < math.inf, "finite numbers"),
+                               ("layers", p.layers >= 1, "1 or more"), ("recurrence", 1 <= p.recurrence < 1000, "1 or more"), ("bottleneck", p.bottleneck >= 0, "0 or more"), ("init", p.init in ("svd", "paper"), "svd or paper"), ("targets", p.targets in ("raw", "unit", "scaled"), "raw, unit or scaled"),
                                ("max_tokens", p.max_tokens >= 3, "3 or more"), ("vocab", p.vocab >= 100, "100 or more")):
         if not ok:
             raise InputError(f"--{name.replace('_', '-')} {getattr(p, name)!r}: expected {expected}")
+    for name, ok, expected in (("seed", 0 <= args.seed < 2 ** 31, "0 or more"), ("threads", args.threads is None or 1 <= args.threads <= 1024, "1 or more"),
+                               ("evals", args.evals >= 1, "1 or more"), ("save-seconds", args.save_seconds >= 0, "0 or more")):
+        if not ok:
+            raise InputError(f"--{name}: expected {expected}")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise InputError(f"--device {args.device!r} is not usable here ({str(e).splitlines()[0]}); expected cpu or cuda") from None
     try:
         spans = [[int(x) for x in part.split("-")] for part in args.stages.split(",")]
-        args.stages = sorted({k for span in spans for k in range(span[0], span[-1] + 1)})
+        args.stages = sorted({k for span in spans for k in range(span[0], min(span[-1], 9) + 1)})
     except ValueError:
         args.stages = []
     if not args.stages or not set(args.stages) <= set(STAGES):
         raise InputError("--stages: expected stages 1 to 4, such as 1-4 or 1,4")
-    if p.bottleneck == 0:                                       # nothing to align
+    if p.bottleneck == 0 and args.stages != [2]:                # nothing to align
         args.stages = [k for k in args.stages if k != 2]
+    elif p.bottleneck == 0:
+        raise InputError("--stages 2 with --bottleneck 0: there is no bottleneck to align")
     if 1 not in args.stages and not args.assistant:
         raise InputError(f"--stages {args.stages} without stage 1 needs --assistant DIR, a trained multilingual encoder")
     if args.preset == "demo" and not args.train and (args.teacher or args.dev or args.sts or args.extra):
@@ -184,26 +198,32 @@ class Run:
         raise Stop("stopped; the same command continues here", 128 + self.stop)
 
 
-def matrix_rate(dtype, device, n=1024, seconds=0.15):
-    """Floating-point operations a second in an n x n matrix product: what the device can do, for comparison."""
-    a = torch.randn(n, n, device=device).to(dtype)
+def matrix_rate(dtype, device, n=1024):
+    """Floating-point operations a second in an n x n matrix product, the best of several: what the device can do."""
+    a, best = torch.randn(n, n, device=device).to(dtype), float("inf")
     sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    for _ in range(3):
-        a @ a
-    sync()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
+    for _ in range(10):
+        sync()
+        start = time.perf_counter()
         for _ in range(5):
             a @ a
         sync()
-        count += 5
-    return 2 * n ** 3 * count / (time.perf_counter() - start)
+        best = min(best, (time.perf_counter() - start) / 5)
+    return 2 * n ** 3 / best
 
 
 def rate_at(step, steps, warmup):
     """Learning rate as a share of its peak: linear up over the first `warmup` of the steps, then linear to 0."""
     w = warmup * steps
     return (step + 1) / (w + 1) if step < w else (steps - step) / (steps - w)
+
+
+def make_optimizer(model, p, lr):
+    """AdamW as the paper sets it; no decay on biases and LayerNorm. With bias correction, which the authors leave out."""
+    named = list(model.named_parameters())
+    plain = [k.endswith("bias") or "norm" in k for k, _ in named]
+    groups = [{"params": [q for (_, q), flat in zip(named, plain) if flat == which], "weight_decay": decay} for which, decay in ((False, p.weight_decay), (True, 0.0))]
+    return torch.optim.AdamW(groups, lr=lr, eps=1e-6, fused=True)
 
 
 def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
@@ -214,19 +234,20 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
     Raises: Stop at a signal, after a save; Stop at a loss that is not finite, with nothing saved over."""
     args, p, file = run.args, run.p, run.out / "checkpoint.safetensors"
     model.train()
-    named = dict(model.named_parameters())
-    plain = [k for k in named if k.endswith("bias") or "norm" in k]
-    optimizer = torch.optim.AdamW([{"params": [q for k, q in named.items() if k not in plain], "weight_decay": p.weight_decay},
-                                   {"params": [named[k] for k in plain], "weight_decay": 0.0}], lr=lr, eps=1e-6, fused=True)
+    named, optimizer = dict(model.named_parameters()), make_optimizer(model, p, lr)
     start, best, best_loss, seconds = 0, None, float("inf"), 0.0
     if file.exists():
         state, meta = read_safetensors(file)
-        if meta["stage"] == name:
+        want = {f"model.{k}": q.shape for k, q in named.items()}
+        if meta.get("stage") == name and (any(k not in state or state[k].shape != shape for k, shape in want.items()) or not meta.get("step", "").isdigit() or int(meta["step"]) > steps):
+            raise InputError(f"{file}: a damaged checkpoint; delete it to begin {name} again")
+        if meta.get("stage") == name:
             start, best_loss, seconds = int(meta["step"]), float(meta["best"]), float(meta["seconds"])
             with torch.no_grad():
                 for k, q in named.items():
                     q.copy_(state[f"model.{k}"])
-                    optimizer.state[q] = {"step": torch.tensor(float(start)), **{m: state[f"{m}.{k}"].clone().to(q.device) for m in ("exp_avg", "exp_avg_sq")}} if start else {}
+                    if f"exp_avg.{k}" in state:                  # stage 2 never moves the layers
+                        optimizer.state[q] = {"step": torch.tensor(float(start), device=q.device), **{m: state[f"{m}.{k}"].clone().to(q.device) for m in ("exp_avg", "exp_avg_sq")}}
             best = {k[5:]: v.clone() for k, v in state.items() if k.startswith("best.")} or None
             run.say(f"{name}: continues at step {start} of {steps}")
         del state
@@ -271,15 +292,15 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
         if step + 1 in evals and dev_loss:
             value = dev_loss()
             run.log(stage=name, step=step, dev=value)
-            if value < best_loss:
+            if not value >= best_loss:
                 best_loss, best = value, {k: q.detach().clone() for k, q in named.items()}
             counted, last = 0, time.monotonic()
-        run.busy = False
         if run.stop or time.monotonic() - saved > args.save_seconds and step + 1 < steps:
             save(step + 1)
             saved = time.monotonic()
-            if run.stop:
-                run.leave()
+        run.busy = False                                        # a signal that came during the step or its save
+        if run.stop:
+            run.leave()
     if best:
         with torch.no_grad():
             for k, q in named.items():
@@ -292,7 +313,7 @@ def trim_log(run, name, start):
     """Take from the log what an interrupted run wrote after the checkpoint that is continued."""
     file = run.out / "log.jsonl"
     if file.exists():
-        lines = file.read_text().splitlines()
+        lines = file.read_text(errors="replace").splitlines()
         kept = [x for x in lines if (e := _entry(x)) and (e.get("stage") != name or e.get("step", start) < start)]
         if kept != lines:
             with atomic(file) as tmp:
@@ -301,7 +322,8 @@ def trim_log(run, name, start):
 
 def _entry(line):
     try:
-        return json.loads(line)
+        entry = json.loads(line)
+        return entry if isinstance(entry, dict) and isinstance(entry.get("step", 0), int) else None
     except ValueError:                                          # the last line of a killed run may be cut
         return None
 
@@ -313,11 +335,12 @@ def used_per_token(model, layers=True):
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
-def pair_batches(run, stage, model, corpus, rows, sources, epochs=None):
+def pair_batches(run, stage, model, corpus, rows, source, name, epochs=None):
     """(terms_at, loss, steps): the batches of a stage for `fit`, over the pairs numbered `rows`.
 
-    terms_at(step): for training, `epochs` passes; loss(): the mean loss over all rows, for dev. Targets are computed for
-    the sentences that will be seen, once, and read from disk by step."""
+    source: the encoder that gives the targets, name: its fingerprint. terms_at(step): for training, `epochs` passes;
+    loss(): the mean loss over all rows, for dev. Targets are computed for the sentences that will be seen, once, and read
+    from disk by step."""
     s, batch, cache = STAGES[stage], run.p.batch[stage - 1], run.args.cache
     flat, starts = data.tokens(corpus, model, cache)
     size = np.diff(starts)[corpus.pairs[rows]].sum(1)
@@ -326,12 +349,10 @@ def pair_batches(run, stage, model, corpus, rows, sources, epochs=None):
     steps = max(1, math.ceil((epochs or 1) * len(first)))
     seen = corpus.pairs[rows[np.concatenate(first[:steps])]]                           # all of them from one pass on
     ids = np.unique(seen if s.own else seen[:, 0])
-    folder = sources[s.source]
-    source = load_for(run, folder)
     # Unit vectors have a variance of 1/H a dimension, so their MSE all but vanishes beside the contrastive term; raw
     # vectors keep the paper's 1:1:1 in balance. The README has the figures.
     form = {"unit": run.p.targets != "raw", "scale": source.config.hidden_size ** 0.5 if run.p.targets == "scaled" else 1.0} if s.source == "teacher" else {}
-    vectors = data.vectors(corpus, ids, source, fingerprint(folder), cache, s.layers, progress=progress(run, f"targets of stage {stage}"), **form)
+    vectors = data.vectors(corpus, ids, source, name, cache, s.layers, progress=progress(run, f"targets of stage {stage}"), **form)
     orders = {0: first}
 
     def side(ids):
@@ -377,9 +398,11 @@ def progress(run, what):
 
 
 def fingerprint(folder):
-    """Names a model directory by its content."""
-    folder = Path(folder)
-    return data.digest(*sorted(f for pattern in ("**/*.safetensors", "**/*.json") for f in folder.glob(pattern)))
+    """Names a model directory by its content. Raises: InputError where there is none."""
+    files = sorted(f for pattern in ("**/*.safetensors", "**/*.json") for f in Path(folder).glob(pattern))
+    if not files:
+        raise InputError(f"{folder}: no model directory; expected config.json, tokenizer.json and model.safetensors in it")
+    return data.digest(*files)
 
 
 def load_for(run, folder, train=False):
@@ -398,14 +421,14 @@ def demo_teacher(run, folder):
     a, b, scores = data.read_sts(run.out / "data" / "sts-train")["en-en"]
     tokenizer = data.train_tokenizer([*a, *b], 600, lower_case=True)
     config = dataclasses.replace(msd.DEMO_TEACHER, vocab_size=tokenizer.get_vocab_size())
-    model = msd.init_weights(Encoder(config, tokenizer, run.dtype), torch.Generator().manual_seed(run.args.seed))
+    model = msd.init_weights(Encoder(config, tokenizer, run.dtype), torch.Generator().manual_seed(run.args.seed)).to(run.args.device)
     flat, starts = model.tokenize([*a, *b])
     n, batch = len(a), 128
-    gold = torch.tensor(scores / 5, dtype=torch.float32)
+    gold = torch.tensor(scores / 5, dtype=torch.float32, device=run.args.device)
 
     def terms_at(step):
         rows = np.random.default_rng([run.args.seed, step]).choice(n, batch, replace=False)
-        x, y = (model(*map(torch.from_numpy, pad(flat, starts, rows + k, config.pad_token_id))) for k in (0, n))
+        x, y = (model(*(torch.from_numpy(z).to(run.args.device) for z in pad(flat, starts, rows + k, config.pad_token_id))) for k in (0, n))
         cos = torch.nn.functional.cosine_similarity(x, y)
         return {"score": msd.mse(cos, gold[rows])}, int((np.diff(starts)[rows] + np.diff(starts)[rows + n]).sum()), rows
     fit(run, "teacher", model, msd.DEMO_TEACHER_STEPS, 2e-3, terms_at).save(folder)
@@ -416,16 +439,24 @@ def pipeline(run):
     args, p, out = run.args, run.p, run.out
     teacher_dir = Path(args.teacher) if args.teacher else out / "teacher"
     if not args.train:
+        msd.check_sizes(msd.DEMO_TEACHER, p.bottleneck, p.layers, p.recurrence)
         if not (out / "data").exists():
             data.write_demo(out / "data")
         args = argparse.Namespace(**{**vars(args), "train": [f"{out}/data/train/*"], "dev": [f"{out}/data/dev/*"], "sts": f"{out}/data/sts"})
         if not teacher_dir.exists():
             demo_teacher(run, teacher_dir)
-    corpus = data.build_corpus(expand(args.train, "--train"), args.cache, expand(args.extra, "--extra"), args.strict, p.max_chars, p.max_lines)
-    dev = data.build_corpus(expand(args.dev, "--dev"), args.cache, (), args.strict, p.max_chars) if args.dev else None
-    sts = data.read_sts(args.sts) if args.sts else {}
-    report(run, corpus)
     teacher = load_for(run, teacher_dir)
+    given = load_for(run, args.assistant) if args.assistant else None
+    if given and given.config.hidden_size != teacher.config.hidden_size:
+        raise InputError(f"{args.assistant}: hidden size {given.config.hidden_size}, but the teacher {teacher_dir} has {teacher.config.hidden_size}; their vectors are compared, so the widths must match")
+    msd.check_sizes((given or teacher).config, p.bottleneck, p.layers, p.recurrence)
+    sts = data.read_sts(args.sts) if args.sts else {}
+    corpus = data.build_corpus(expand(args.train, "--train"), args.cache, expand(args.extra, "--extra"), args.strict, p.max_chars, max(p.max_lines))
+    dev = data.build_corpus(expand(args.dev, "--dev"), args.cache, (), args.strict, p.max_chars) if args.dev else None
+    if not (out / "run.json").exists():                         # only now: a mistyped path leaves nothing to refuse the next try
+        with atomic(out / "run.json") as tmp:
+            tmp.write_text(json.dumps(run.identity, indent=1))
+    report(run, corpus)
     look(run, teacher, corpus)
 
     assistant_dir, start_dir = (out / "assistant" if 1 in args.stages else Path(args.assistant)), out / "start"
@@ -440,12 +471,8 @@ def pipeline(run):
                 tokenizer = data.train_tokenizer(chunks, p.vocab, lower)
                 msd.make_assistant(teacher.cpu().float(), tokenizer, data.SPECIAL.index("<pad>")).save(start_dir)
             model = load_for(run, start_dir, train=True)
-        if model.config.hidden_size != teacher.config.hidden_size:
-            raise InputError(f"{args.assistant}: hidden size {model.config.hidden_size}, but the teacher {teacher_dir} has {teacher.config.hidden_size}; stages 1 and 4 compare their vectors, so the widths must match")
         train_stage(run, 1, model, corpus, dev, {"teacher": teacher_dir}).save(assistant_dir)
     names = {k: "student" if k == args.stages[-1] else f"stage{k}" for k in args.stages if k > 1}
-    if (width := load_for(run, assistant_dir).config.hidden_size) != teacher.config.hidden_size and 4 in names:
-        raise InputError(f"{assistant_dir}: hidden size {width}, but the teacher {teacher_dir} has {teacher.config.hidden_size}; stage 4 compares their vectors, so the widths must match")
     previous = None
     for k, name in names.items():
         if not (out / name).exists():
@@ -461,10 +488,12 @@ def pipeline(run):
 def train_stage(run, stage, model, corpus, dev, sources):
     """One stage of STAGES from start to best weights. sources: {"teacher": folder, "assistant": folder}."""
     p, k = run.p, stage - 1
-    rows = np.flatnonzero(corpus.group == 0) if stage in (1, 4) else np.arange(len(corpus.pairs))
-    terms_at, _, steps = pair_batches(run, stage, model, corpus, rows, sources, p.epochs[k])
+    folder = sources[STAGES[stage].source]
+    source, name = load_for(run, folder), fingerprint(folder)
+    rows = np.flatnonzero(((corpus.group == 0) | (stage in (2, 3))) & (corpus.line <= p.max_lines[k]))
+    terms_at, _, steps = pair_batches(run, stage, model, corpus, rows, source, name, p.epochs[k])
     few = dev and np.sort(np.random.default_rng(0).permutation(len(dev.pairs))[:1000])    # enough to rank checkpoints
-    dev_loss = pair_batches(run, stage, model, dev, few, sources)[1] if dev else None
+    dev_loss = pair_batches(run, stage, model, dev, few, source, name)[1] if dev else None
     run.say(f"stage {stage}, {STAGES[stage].title}: {len(rows):,} pairs, {steps:,} steps of {p.batch[k]}, learning rate {p.lr[k]:g}")
     return fit(run, f"stage {stage}", model, steps, p.lr[k], terms_at, dev_loss, STAGES[stage].layers)
 
@@ -503,13 +532,15 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
     """Read the test sets, once; write results.json and print the table."""
     args, out = run.args, run.out
     run.say("evaluating")
-    pairs = {}
+    pairs = {}                                                  # {language: (english, translations)}
     if dev:
         languages = [m.group(1) if (m := re.search(r"en-([a-z]{2,3})\b", r["file"])) else r["file"] for r in dev.report]
         ends = np.cumsum([r["kept"] for r in dev.report])
         for language, end, r in zip(languages, ends, dev.report):
             ids = dev.pairs[end - r["kept"]:end]
-            pairs[language] = dev.texts(ids[:, 0]), dev.texts(ids[:, 1])
+            old = pairs.get(language, ([], []))
+            pairs[language] = old[0] + dev.texts(ids[:, 0]), old[1] + dev.texts(ids[:, 1])
+    pairs = {k: v for k, v in pairs.items() if v[0]}
     teacher = load_for(run, teacher_dir)
     scale = {"raw": None, "unit": 1.0, "scaled": teacher.config.hidden_size ** 0.5}[run.p.targets]
     goal = {k: (lambda v: v if scale is None else scale * msd.unit(v))(teacher.encode(english, normalize=False)) for k, (english, _) in pairs.items()}
@@ -522,8 +553,8 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
         rows["student, untrained"] = row_of(msd.make_student(assistant, run.p.bottleneck, run.p.layers, run.p.recurrence, run.p.init, args.seed), sts, pairs, goal)
     for k, name in names.items():
         rows[f"student, stage {k}"] = row_of(load_for(run, out / name), sts, pairs, goal)
-    entries = [e for x in (out / "log.jsonl").read_text().splitlines() if (e := _entry(x))]
-    results = {"rows": rows, "stages": [e for e in entries if e.get("done")], "teacher_look": next(e["teacher"] for e in reversed(entries) if "teacher" in e),
+    entries = [e for x in (out / "log.jsonl").read_text(errors="replace").splitlines() if (e := _entry(x))]
+    results = {"rows": rows, "stages": [e for e in entries if e.get("done") and "stage" in e], "teacher_look": next(e["teacher"] for e in reversed(entries) if "teacher" in e),
                "arguments": settings(run), "seed": args.seed, "git": git_revision(), "dtype": str(run.dtype)[6:], "threads": torch.get_num_threads(),
                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.device}", "python": platform.python_version(),
                "versions": {"torch": torch.__version__, "tokenizers": tokenizers.__version__, "numpy": np.__version__}}
@@ -561,6 +592,8 @@ def print_table(results):
 
 
 def git_revision():
+    if not shutil.which("git"):
+        return None
     done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True)
     return done.stdout.strip() or None
 
@@ -575,25 +608,27 @@ def settings(run):
 def same_run(run):
     """Refuse to continue a run with other arguments or other data. Raises: InputError with both values."""
     file, now = run.out / "run.json", settings(run)
-    for flag in ("teacher", "assistant"):
-        now[f"content of --{flag}"] = fingerprint(getattr(run.args, flag)) if getattr(run.args, flag) else None
+    now["content of --sts"] = data.digest(*sorted(f for f in Path(run.args.sts).glob("*") if f.is_file())) if run.args.sts else None
     for flag in ("train", "extra", "dev"):
         now[f"content of --{flag}"] = data.digest(*[Path(f) for f in expand(getattr(run.args, flag) or [], f"--{flag}")])
+    for flag in ("teacher", "assistant"):
+        now[f"content of --{flag}"] = fingerprint(getattr(run.args, flag)) if getattr(run.args, flag) else None
     if file.exists():
         before = read_json(file)
         for key in sorted(set(now) | set(before)):
             if now.get(key) != before.get(key):
                 raise InputError(f"{run.out}: this run was started with {key} {before.get(key)!r}, now it is {now.get(key)!r}. "
                                  "Give the old value to continue, another --out for a new run, or --restart to start over")
-    else:
-        with atomic(file) as tmp:
-            tmp.write_text(json.dumps(now, indent=1))
+    run.identity = now
 
 
 def execute(args, preset):
     """Run, continue or report a run in args.out."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    lock = open(args.out / ".lock", "w")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        lock = open(args.out / ".lock", "w")
+    except (OSError, ValueError) as e:
+        raise InputError(f"--out {args.out}: not a folder that can be written ({e})") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -604,12 +639,15 @@ def execute(args, preset):
         for name in ("run.json", "results.json", "log.jsonl", "checkpoint.safetensors"):
             (args.out / name).unlink(missing_ok=True)
     run = Run(args, preset)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, run.on_signal)
     same_run(run)
     if (args.out / "results.json").exists():
         run.say("this run is finished; --restart starts over")
-        return print_table(read_json(args.out / "results.json"))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, run.on_signal)
+        try:
+            return print_table(read_json(args.out / "results.json"))
+        except (KeyError, TypeError, AttributeError):
+            raise InputError(f"{args.out / 'results.json'}: damaged; delete it and run the same command to write it again") from None
     pipeline(run)
 
 
@@ -622,6 +660,7 @@ def check(update):
 
     The tolerances are about ten times the differences seen between one and two threads and between CPUs."""
     file = Path(__file__).parent / "results" / "check.json"
+    want = None if update else read_json(file)
     with tempfile.TemporaryDirectory() as tmp:
         args, preset = parse([*CHECK, "--out", f"{tmp}/run", "--cache", f"{tmp}/cache"])
         execute(args, preset)
@@ -632,8 +671,9 @@ def check(update):
         with atomic(file) as tmp:
             tmp.write_text(json.dumps(got, indent=1))
         return print(f"wrote {file}")
-    want = read_json(file)
-    for (stage, step, old), (*at, new) in zip(want["curve"], got["curve"], strict=True):
+    if len(want["curve"]) != len(got["curve"]):
+        raise Stop(f"check failed: {len(got['curve'])} losses, the reference has {len(want['curve'])}", 1)
+    for (stage, step, old), (*at, new) in zip(want["curve"], got["curve"]):
         if at != [stage, step] or not abs(new - old) <= CURVE * old:
             raise Stop(f"check failed: {stage}, step {step}: loss {new:.6f}, the reference has {old:.6f} (tolerance {CURVE:.0%})", 1)
     for row, old in want["spearman"].items():
