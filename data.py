@@ -13,7 +13,7 @@ from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from model import InputError, atomic, read_json
 
@@ -397,7 +397,7 @@ def train_tokenizer(texts, size, lower_case, max_chars=10 ** 6):
         total = sum(counts.values())
         scores = {p: math.log(counts[p] / total) for p in pieces}
     tokenizer = Tokenizer(unigram)
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, split
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, split, decoders.Metaspace()
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     return tokenizer
