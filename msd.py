@@ -6,7 +6,7 @@ losses, stages, presets, the models of each stage, evaluation, and what one does
 """
 import argparse
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -66,25 +66,29 @@ def stage_loss(stage, model, s, t, y_s, y_t=None, contrast=True):
 
 
 # -------------------------------------------------------------------------------------------------------------- presets
+def flag(help, default=MISSING):
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class Preset:
     """Everything a run needs to know. Every field is a flag of train.py; tuples hold stages 1 to 4."""
-    bottleneck: int                           # B; 0 keeps the assistant's full word table and skips stage 2
-    layers: int                               # K, unique layers of the student
-    recurrence: int                           # R, times they are applied
-    lr: tuple = (16e-5, 16e-5, 16e-5, 16e-5)  # peak learning rates
-    batch: tuple = (64, 128, 64, 64)          # pairs a step
-    epochs: tuple = (20, 10, 10, 60)          # passes over the pairs; fractions are allowed
-    init: str = "svd"                         # start of the bottleneck: svd (of the assistant's table) or paper (noise)
-    targets: str = "raw"                      # teacher's vectors: raw (before any Normalize), unit, or scaled (unit x sqrt(H))
-    dropout: float = 0.1
-    max_tokens: int = 128
-    max_chars: int = 250                      # longer sentences are dropped
-    max_lines: tuple = (500_000, 300_000, 300_000, 500_000)   # of each file
-    vocab: int = 32_000                       # pieces, where the assistant's vocabulary is trained here
-    warmup: float = 0.1                       # share of a stage's steps
-    weight_decay: float = 0.01                # not on biases and LayerNorm
-    clip: float = 1.0                         # gradient norm
+    bottleneck: int = flag("B, width of the student's word table; half the bytes of 256 at 128; 0 keeps the full table and skips stage 2")
+    layers: int = flag("K, unique layers, the assistant's first; fewer is smaller, not faster: speed follows K x R")
+    recurrence: int = flag("R, times the K layers are applied; the paper keeps K x R at the assistant's depth")
+    lr: tuple = flag("peak learning rate, one for all stages or four with commas; small models on small data take 1e-3 and more", (16e-5, 16e-5, 16e-5, 16e-5))
+    batch: tuple = flag("pairs a step, one or four with commas; in stage 4 each pair is contrasted with the rest of its batch", (64, 128, 64, 64))
+    epochs: tuple = flag("passes over the pairs, one or four with commas; fractions are fine, 0.1 is a quick look", (20, 10, 10, 60))
+    init: str = flag("start of the bottleneck: svd of the assistant's table, or paper (noise)", "svd")
+    targets: str = flag("the teacher's vectors: raw (before Normalize), unit, or scaled (unit times the root of the width)", "raw")
+    dropout: float = flag("0 suits one or a few passes; 0.1 for the paper's long schedule", 0.1)
+    max_tokens: int = flag("longer sentences are truncated; lower it where memory is short", 128)
+    max_chars: int = flag("pairs with a longer side are dropped, as in the paper", 250)
+    max_lines: tuple = flag("read at most so many lines of each file, one or four with commas", (500_000, 300_000, 300_000, 500_000))
+    vocab: int = flag("pieces of the multilingual vocabulary, where it is trained here; about 4000 a language is a fair start", 32_000)
+    warmup: float = flag("share of a stage's steps over which the learning rate rises", 0.1)
+    weight_decay: float = flag("AdamW's, not on biases and LayerNorm", 0.01)
+    clip: float = flag("largest gradient norm; a log full of much larger norms asks for a lower learning rate", 1.0)
 
 
 PRESETS = {

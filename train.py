@@ -38,24 +38,6 @@ class Stop(Exception):
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
-HELP = {
-    "bottleneck": "B, width of the student's word table; half the bytes of 256 at 128; 0 keeps the full table and skips stage 2",
-    "layers": "K, unique layers, the assistant's first; fewer is smaller, not faster: speed follows K x R",
-    "recurrence": "R, times the K layers are applied; the paper keeps K x R at the assistant's depth",
-    "lr": "peak learning rate, one for all stages or four with commas; small models on small data take 1e-3 and more",
-    "batch": "pairs a step, one or four with commas; in stage 4 each pair is contrasted with the rest of its batch",
-    "epochs": "passes over the pairs, one or four with commas; fractions are fine, 0.1 is a quick look",
-    "init": "start of the bottleneck: svd of the assistant's table, or paper (noise)",
-    "targets": "the teacher's vectors: raw (before Normalize), unit, or scaled (unit times the root of the width)",
-    "dropout": "0 suits one or a few passes; 0.1 for the paper's long schedule",
-    "max_tokens": "longer sentences are truncated; lower it where memory is short",
-    "max_chars": "pairs with a longer side are dropped, as in the paper",
-    "max_lines": "read at most so many lines of each file, one or four with commas",
-    "vocab": "pieces of the multilingual vocabulary, where it is trained here; about 4000 a language is a fair start",
-    "warmup": "share of a stage's steps over which the learning rate rises",
-    "weight_decay": "AdamW's, not on biases and LayerNorm",
-    "clip": "largest gradient norm; a log full of much larger norms asks for a lower learning rate",
-}
 # What may differ between a run and its continuation: the result does not depend on it, or in its last bits only.
 FREE = {"out", "cache", "restart", "save_seconds", "threads", "check", "check_update", "strict", "device"}
 
@@ -84,7 +66,7 @@ def parser():
     ap.add_argument("--check", action="store_true", help="short fixed recipe against the committed reference: is this installation right?")
     ap.add_argument("--check-update", action="store_true", help="write that reference anew, after a change that is meant to change results")
     for f in dataclasses.fields(Preset):
-        ap.add_argument(f"--{f.name.replace('_', '-')}", metavar="X", help=HELP[f.name])
+        ap.add_argument(f"--{f.name.replace('_', '-')}", metavar="X", help=f.metadata["help"])
     return ap
 
 
@@ -601,7 +583,7 @@ def git_revision():
 # -------------------------------------------------------------------------------------------------------------- command
 def settings(run):
     """Everything that the result depends on, as plain values."""
-    known = {k: v for k, v in vars(run.args).items() if k not in FREE and k not in HELP}
+    known = {k: v for k, v in vars(run.args).items() if k not in FREE and not hasattr(run.p, k)}
     return json.loads(json.dumps({**known, **vars(run.p), "dtype": str(run.dtype)[6:]}))
 
 
