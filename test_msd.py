@@ -2,11 +2,13 @@
 
     python -m pytest -q test_msd.py
 """
+import ast
 import gzip
 import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -844,6 +846,18 @@ def test_stages_get_their_inputs_and_targets(world, finished, stage, monkeypatch
     embed = lambda texts: seen["source"].embed(*seen["source"].tokenize(texts), layers=stage != 2)
     assert np.abs(embed(seen["en"]) - seen["y_s"].numpy()).max() < 2e-3
     assert seen["y_t"] is None if stage in (1, 4) else np.abs(embed(seen["tr"]) - seen["y_t"].numpy()).max() < 2e-3
+
+
+def test_audit_table_of_the_readme():
+    """Every function it names is at the lines it names, and every test it names exists."""
+    rows = re.findall(r"\| `(\w+)\.([\w.]+)` \1\.py:(\d+)-(\d+) \| (.*) \|", (HERE / "README.md").read_text())
+    assert len(rows) > 20
+    for module, path, first, last, tests in rows:
+        node = ast.parse((HERE / f"{module}.py").read_text())
+        for name in path.split("."):
+            node = next(n for n in node.body if getattr(n, "name", None) == name)
+        assert (node.lineno, node.end_lineno) == (int(first), int(last)), f"{module}.{path}"
+        assert all(callable(globals().get(t)) for t in re.findall(r"`(\w+)`", tests)), tests
 
 
 def test_presets_and_schedule():

@@ -176,6 +176,12 @@ class Run:
         if not self.busy:
             self.leave()
 
+    def remember(self):
+        """Write down what this run is, once its inputs have been read: a mistyped path leaves nothing to refuse the next try."""
+        if not (self.out / "run.json").exists():
+            with atomic(self.out / "run.json") as tmp:
+                tmp.write_text(json.dumps(self.identity, indent=1))
+
     def leave(self):
         raise Stop("stopped; the same command continues here", 128 + self.stop)
 
@@ -327,12 +333,12 @@ def pair_batches(run, stage, model, corpus, rows, source, name, epochs=None):
     flat, starts = data.tokens(corpus, model, cache)
     size = np.diff(starts)[corpus.pairs[rows]].sum(1)
     seed = [run.args.seed, stage]
-    first = data.batch_order(size, batch, [*seed, 0])
+    first = data.batch_order(size, batch, [*seed, 0])          # the first pass; its length is that of all
     steps = max(1, math.ceil((epochs or 1) * len(first)))
     seen = corpus.pairs[rows[np.concatenate(first[:steps])]]                           # all of them from one pass on
     ids = np.unique(seen if s.own else seen[:, 0])
-    # Unit vectors have a variance of 1/H a dimension, so their MSE all but vanishes beside the contrastive term; raw
-    # vectors keep the paper's 1:1:1 in balance. The README has the figures.
+    # Raw targets, as in the paper. Unit vectors have a variance of 1/H a dimension, so their MSE drowns beside the
+    # contrastive term: 10 points lost on the demo. Scaled to variance 1 they end near raw. Figures in the README.
     form = {"unit": run.p.targets != "raw", "scale": source.config.hidden_size ** 0.5 if run.p.targets == "scaled" else 1.0} if s.source == "teacher" else {}
     vectors = data.vectors(corpus, ids, source, name, cache, s.layers, progress=progress(run, f"targets of stage {stage}"), **form)
     orders = {0: first}
@@ -422,6 +428,7 @@ def pipeline(run):
     teacher_dir = Path(args.teacher) if args.teacher else out / "teacher"
     if not args.train:
         msd.check_sizes(msd.DEMO_TEACHER, p.bottleneck, p.layers, p.recurrence)
+        run.remember()
         if not (out / "data").exists():
             data.write_demo(out / "data")
         args = argparse.Namespace(**{**vars(args), "train": [f"{out}/data/train/*"], "dev": [f"{out}/data/dev/*"], "sts": f"{out}/data/sts"})
@@ -435,9 +442,7 @@ def pipeline(run):
     sts = data.read_sts(args.sts) if args.sts else {}
     corpus = data.build_corpus(expand(args.train, "--train"), args.cache, expand(args.extra, "--extra"), args.strict, p.max_chars, max(p.max_lines))
     dev = data.build_corpus(expand(args.dev, "--dev"), args.cache, (), args.strict, p.max_chars) if args.dev else None
-    if not (out / "run.json").exists():                         # only now: a mistyped path leaves nothing to refuse the next try
-        with atomic(out / "run.json") as tmp:
-            tmp.write_text(json.dumps(run.identity, indent=1))
+    run.remember()
     report(run, corpus)
     look(run, teacher, corpus)
 
@@ -451,7 +456,7 @@ def pipeline(run):
                 lower = teacher.tokenizer.normalizer is not None and teacher.tokenizer.normalizer.normalize_str("A") == "a" or teacher.config.do_lower_case
                 chunks = (t for i in range(0, len(corpus.first), 10000) for t in corpus.texts(np.arange(i, min(i + 10000, len(corpus.first)))))
                 tokenizer = data.train_tokenizer(chunks, p.vocab, lower)
-                msd.make_assistant(teacher.cpu().float(), tokenizer, data.SPECIAL.index("<pad>")).save(start_dir)
+                msd.make_assistant(load(teacher_dir, "float32", "cpu"), tokenizer, data.SPECIAL.index("<pad>")).save(start_dir)
             model = load_for(run, start_dir, train=True)
         train_stage(run, 1, model, corpus, dev, {"teacher": teacher_dir}).save(assistant_dir)
     names = {k: "student" if k == args.stages[-1] else f"stage{k}" for k in args.stages if k > 1}
