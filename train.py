@@ -51,6 +51,7 @@ def parser():
     ap.add_argument("--extra", nargs="+", metavar="GLOB", default=[], help="more such files for stages 2 and 3 alone, as the paper does")
     ap.add_argument("--dev", nargs="+", metavar="GLOB", default=[], help="held-out pairs, en-XX.tsv: they pick the checkpoint of each stage and give the accuracy")
     ap.add_argument("--sts", metavar="DIR", help="similarity sets *.A-B.txt for the table, read once at the end; use a dev set while you try things")
+    ap.add_argument("--languages", default=",".join(data.LANGUAGES), help="of the built-in corpus, with commas; your own data's are in its file names")
     ap.add_argument("--stages", default="1-4", help="such as 1-4, 2-4 (takes --assistant as it is), 1,4 or 1")
     ap.add_argument("--no-contrast", action="store_true", help="stage 4 without its contrastive term")
     ap.add_argument("--out", default=None, metavar="DIR", help="the run's folder (runs/PRESET); the same command continues what is there")
@@ -132,6 +133,10 @@ def parse(argv):
         raise InputError("--teacher, --dev, --sts and --extra need --train: the built-in corpus brings its own")
     if (args.preset != "demo" or args.train) and not (args.train and args.teacher):
         raise InputError("your own data needs both --teacher DIR and --train GLOB; for the built-in corpus give neither")
+    args.languages = args.languages.split(",")
+    for language in args.languages:
+        if language not in data.LANGUAGES:
+            raise InputError(f"unknown language {language!r}; the built-in corpus has {', '.join(data.LANGUAGES)}")
     args.out = Path(args.out or f"runs/{args.preset}")
     return args, p
 
@@ -431,7 +436,8 @@ def pipeline(run):
         run.remember()
         if not (out / "data").exists():
             data.write_demo(out / "data")
-        args = argparse.Namespace(**{**vars(args), "train": [f"{out}/data/train/*"], "dev": [f"{out}/data/dev/*"], "sts": f"{out}/data/sts"})
+        files = {split: [f"{out}/data/{split}/en-{x}.tsv" for x in args.languages] for split in ("train", "dev")}
+        args = argparse.Namespace(**{**vars(args), **files, "sts": f"{out}/data/sts"})
         if not teacher_dir.exists():
             demo_teacher(run, teacher_dir)
     teacher = load_for(run, teacher_dir)
@@ -440,6 +446,7 @@ def pipeline(run):
         raise InputError(f"{args.assistant}: hidden size {given.config.hidden_size}, but the teacher {teacher_dir} has {teacher.config.hidden_size}; their vectors are compared, so the widths must match")
     msd.check_sizes((given or teacher).config, p.bottleneck, p.layers, p.recurrence)
     sts = data.read_sts(args.sts) if args.sts else {}
+    sts = sts if run.args.train else {k: v for k, v in sts.items() if set(k.split("-")) <= {"en", *args.languages}}
     corpus = data.build_corpus(expand(args.train, "--train"), args.cache, expand(args.extra, "--extra"), args.strict, p.max_chars, max(p.max_lines))
     dev = data.build_corpus(expand(args.dev, "--dev"), args.cache, (), args.strict, p.max_chars) if args.dev else None
     run.remember()
