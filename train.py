@@ -525,7 +525,6 @@ def look(run, teacher, corpus):
 def finish(run, teacher_dir, assistant_dir, names, sts, dev):
     """Read the test sets, once; write results.json and print the table."""
     args, out = run.args, run.out
-    run.say("evaluating")
     pairs = {}                                                  # {language: (english, translations)}
     if dev:
         languages = [m.group(1) if (m := re.search(r"en-([a-z]{2,3})\b", r["file"])) else r["file"] for r in dev.report]
@@ -538,15 +537,21 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
     teacher = load_for(run, teacher_dir)
     scale = {"raw": None, "unit": 1.0, "scaled": teacher.config.hidden_size ** 0.5}[run.p.targets]
     goal = {k: (lambda v: v if scale is None else scale * msd.unit(v))(teacher.encode(english, normalize=False)) for k, (english, _) in pairs.items()}
-    rows = {"teacher": {**msd.evaluate(teacher, sts, {}, english_only=True), "sizes": msd.ledger(teacher.config)}}
+    rows, begun = {}, time.monotonic()
+
+    def score(label, model):
+        rows[label] = {**msd.evaluate(model, sts, {} if label == "teacher" else pairs, goal, english_only=label == "teacher"), "sizes": msd.ledger(model.config)}
+        run.say(f"evaluated {label}: mean Spearman {msd.mean_spearman(rows[label]['spearman'])[0]:.1f} ({time.monotonic() - begun:.0f} s)")
+        return model
+
+    score("teacher", teacher)
     if (out / "start").exists():
-        rows["assistant, untrained"] = row_of(load_for(run, out / "start"), sts, pairs, goal)
-    assistant = load_for(run, assistant_dir)
-    rows["assistant"] = row_of(assistant, sts, pairs, goal)
+        score("assistant, untrained", load_for(run, out / "start"))
+    assistant = score("assistant", load_for(run, assistant_dir))
     if names:
-        rows["student, untrained"] = row_of(msd.make_student(assistant, run.p.bottleneck, run.p.layers, run.p.recurrence, run.p.init, args.seed), sts, pairs, goal)
+        score("student, untrained", msd.make_student(assistant, run.p.bottleneck, run.p.layers, run.p.recurrence, run.p.init, args.seed))
     for k, name in names.items():
-        rows[f"student, stage {k}"] = row_of(load_for(run, out / name), sts, pairs, goal)
+        score(f"student, stage {k}", load_for(run, out / name))
     entries = [e for x in (out / "log.jsonl").read_text(errors="replace").splitlines() if (e := _entry(x))]
     results = {"rows": rows, "stages": [e for e in entries if e.get("done") and "stage" in e], "teacher_look": next(e["teacher"] for e in reversed(entries) if "teacher" in e),
                "arguments": settings(run), "seed": args.seed, "git": git_revision(), "dtype": str(run.dtype)[6:], "threads": torch.get_num_threads(),
@@ -556,10 +561,6 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
         tmp.write_text(json.dumps(results, indent=1))
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     print_table(results)
-
-
-def row_of(model, sts, pairs, goal):
-    return {**msd.evaluate(model, sts, pairs, goal), "sizes": msd.ledger(model.config)}
 
 
 def print_table(results):
