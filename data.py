@@ -388,8 +388,10 @@ def train_tokenizer(texts, size, lower_case, max_chars=10 ** 6):
     bpe.train_from_iterator((w.replace("▁", " ") for w, n in words for _ in range(min(n, 1000))), trainers.BpeTrainer(vocab_size=size - len(SPECIAL), show_progress=False))
     pieces = sorted(set(bpe.get_vocab()) - set(SPECIAL))
     scores = {p: -math.log(len(pieces)) - 0.1 * (p == "▁") for p in pieces}
-    for _ in range(3):
+    for count in (True, True, False):
         unigram = models.Unigram([(p, 0.0) for p in SPECIAL] + sorted(scores.items(), key=lambda x: (-x[1], x[0])), unk_id=3)
+        if not count:                                                            # the last one is what we came for
+            break
         counts = Counter(dict.fromkeys(pieces, 0.5))                             # half a count keeps unused pieces finite
         for word, n in words:
             for token in unigram.tokenize(word):

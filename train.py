@@ -101,9 +101,9 @@ def parse(argv):
     p = dataclasses.replace(PRESETS[args.preset], **changes)
     if p.bottleneck == 0 and args.lr is None:                   # the paper lowers stage 3's rate for the bottleneck alone
         p = dataclasses.replace(p, lr=(p.lr[0], p.lr[1], p.lr[0], p.lr[3]))
-    for name, ok, expected in (("epochs", 0 < min(p.epochs) and max(p.epochs) < 1e6, "positive numbers"), ("max_lines", min(p.max_lines) > 0, "positive numbers"), ("max_chars", p.max_chars > 0, "a positive number"), ("batch", min(p.batch) > 0, "positive numbers"), ("lr", min(p.lr) > 0, "positive numbers"),
+    for name, ok, expected in (("epochs", 0 < min(p.epochs) and max(p.epochs) < 1e6, "positive numbers"), ("max_lines", min(p.max_lines) > 0, "positive numbers"), ("max_chars", p.max_chars > 0, "a positive number"), ("batch", min(p.batch) > 0, "positive numbers"), ("lr", 0 < min(p.lr) and max(p.lr) < math.inf, "positive, finite numbers"),
                                ("dropout", 0 <= p.dropout < 1, "0 up to 1"), ("warmup", 0 <= p.warmup < 1, "0 up to 1"), ("clip", p.clip > 0, "a positive number"),
-                               ("weight_decay", 0 <= p.weight_decay < math.inf, "0 or more"), ("lr", max(p.lr) < math.inf, "finite numbers"),
+                               ("weight_decay", 0 <= p.weight_decay < math.inf, "0 or more"),
                                ("layers", p.layers >= 1, "1 or more"), ("recurrence", 1 <= p.recurrence < 1000, "1 or more"), ("bottleneck", p.bottleneck >= 0, "0 or more"), ("init", p.init in ("svd", "paper"), "svd or paper"), ("targets", p.targets in ("raw", "unit", "scaled"), "raw, unit or scaled"),
                                ("max_tokens", p.max_tokens >= 3, "3 or more"), ("vocab", p.vocab >= 100, "100 or more")):
         if not ok:
