@@ -327,7 +327,8 @@ def plain_attention(q, k, v, bias, dropout=0.0):
 
     The training path on CPU: at sentence lengths SDPA's backward pass there costs more than these two products."""
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                             # (N, h, T, T)
-    weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
+    # Computed in float32: more exact, and twice as fast as bfloat16's own kernel at lengths that are no multiple of 32.
+    weights = F.softmax(scores if bias is None else scores + bias, dim=-1, dtype=torch.float32).to(v.dtype)
     return F.dropout(weights, dropout, dropout > 0) @ v                                # (N, h, T, d)
 
 
@@ -403,20 +404,22 @@ class Encoder(nn.Module):
         return np.concatenate([np.asarray(i, np.uint32) for i in ids] + [np.zeros(0, np.uint32)]), starts
 
     @torch.inference_mode()
-    def embed(self, flat, starts, layers=True, budget=4096):
+    def embed(self, flat, starts, layers=True, budget=None):
         """Vectors (n, H) float32, in input order, of tokenised sentences; before any Normalize.
 
-        Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory stays bounded."""
+        Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory stays bounded. The budget
+        is measured: on a CPU the activations should stay in its cache, a GPU wants to be filled."""
         was_training, lengths = self.training, np.diff(starts)
         self.eval()
-        order, out, i = np.argsort(-lengths, kind="stable"), np.empty((len(lengths), self.config.hidden_size), np.float32), 0
+        budget = budget or (2 ** 16 if self.device.type == "cuda" else 4096 if self.dtype == torch.bfloat16 else 1024)
+        order, out, i = np.argsort(-lengths, kind="stable"), torch.empty(len(lengths), self.config.hidden_size, device=self.device), 0
         while i < len(order):
             rows = order[i:i + max(1, budget // int(lengths[order[i]]))]
-            ids, mask = (torch.from_numpy(a).to(self.device) for a in pad(flat, starts, rows, self.config.pad_token_id))
-            out[rows] = self(ids, mask, layers).cpu().numpy()
+            ids, mask = (put(a, self.device) for a in pad(flat, starts, rows, self.config.pad_token_id))
+            out[put(rows, self.device)] = self(ids, mask, layers)
             i += len(rows)
         self.train(was_training)
-        return out
+        return out.cpu().numpy()
 
     def encode(self, texts, normalize=None):
         """list of str -> float32 array (n, H) in input order. normalize: unit vectors; None: as the model's files say."""
@@ -445,6 +448,12 @@ def pad(flat, starts, rows, pad_id):
     ids = np.full(mask.shape, pad_id, np.int64)
     ids[mask] = flat[(start[:, None] + t)[mask]]
     return ids, mask
+
+
+def put(array, device):
+    """A numpy array as a tensor on a device; the copy to a GPU does not wait for what the GPU is doing."""
+    t = torch.from_numpy(array)
+    return t.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else t.to(device)
 
 
 # ------------------------------------------------------------------------------------------------------ weights by name

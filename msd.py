@@ -3,6 +3,7 @@ losses, stages, presets, the models of each stage, evaluation, and what one does
 
     python msd.py similarity DIR "sentence" "Satz"      python msd.py search DIR corpus.txt "query" [--top 5]
     python msd.py encode DIR < lines > vectors.npy      python msd.py info DIR
+    python msd.py plot curve.svg results.json ...
 """
 import argparse
 import sys
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from data import read_lines
-from model import Config, Encoder, InputError, load
+from model import Config, Encoder, InputError, load, read_json
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -53,12 +54,15 @@ STAGES = {
 }
 
 
-def stage_loss(stage, model, s, t, y_s, y_t=None, contrast=True):
+def stage_loss(stage, model, s, t, y_s, y_t=None, contrast=True, gather=None):
     """The loss terms of one stage for a batch, to be summed 1:1:1: {"en": ..., "tr": ..., and "mcl" in stage 4}.
 
     stage: 1 to 4. s, t: (ids, mask), each (N, T), of English sentences and translations. y_s, y_t: targets (N, H) of the
-    two sides (STAGES[stage].source gives them; y_t is unused where the English side's serves both)."""
+    two sides (STAGES[stage].source gives them; y_t is unused where the English side's serves both). gather: where a batch
+    is spread over processes, makes of this one's vectors those of the whole batch, to which the targets belong."""
     X_s, X_t = model(*s, layers=STAGES[stage].layers), model(*t, layers=STAGES[stage].layers)     # (N, H) each
+    if gather:
+        X_s, X_t = gather(X_s), gather(X_t)
     terms = {"en": mse(X_s, y_s), "tr": mse(X_t, y_t if STAGES[stage].own else y_s)}
     if STAGES[stage].contrast and contrast:
         terms["mcl"] = contrastive(X_s, X_t, y_s)
@@ -244,20 +248,38 @@ def mean_spearman(scores):
     return mean(lambda a, b: True), mean(lambda a, b: a == b), mean(lambda a, b: a != b)
 
 
+def bootstrap(sets, a, b, n=1000, seed=0):
+    """How sure is the difference b - a of two models? {"all": [difference, low, high], "mono": ..., "cross": ...} of mean
+    Spearman x 100, with the bounds of 95 % of n paired resamples of the sentence pairs.
+
+    sets: data.read_sts; a, b: similarity_scores of the two. Sets of one length share their draws: the languages of STS
+    benchmark are translations of the same pairs, and drawing them apart would make the bounds too narrow."""
+    def difference(rows):
+        means = [mean_spearman({k: 100 * spearman(c[k][rows[len(c[k])]], sets[k][2][rows[len(c[k])]]) for k in sets}) for c in (a, b)]
+        return np.subtract(means[1], means[0])                                         # (3,)
+    rng, sizes = np.random.default_rng(seed), sorted({len(s[2]) for s in sets.values()})
+    whole = difference({m: np.arange(m) for m in sizes})
+    draws = np.array([difference({m: rng.integers(0, m, m) for m in sizes}) for _ in range(n)])
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    return {name: [float(x[i]) for x in (whole, low, high)] for i, name in enumerate(("all", "mono", "cross"))}
+
+
 def evaluate(model, sets, dev, dev_targets=None, english_only=False):
-    """One row of the table: Spearman x 100 by set, accuracy both ways and 100 x MSE to the teacher by dev language.
+    """(one row of the table, cosines by set): Spearman x 100 by set, accuracy both ways and 100 x MSE to the teacher by
+    dev language.
 
     sets: data.read_sts; dev: {language: (english, translations)}; dev_targets: {language: teacher's vectors (n, H)}.
     english_only: an English teacher is scored on English alone."""
     sets = {k: v for k, v in sets.items() if k == "en-en" or not english_only}
-    row = {"spearman": {k: 100 * spearman(c, sets[k][2]) for k, c in similarity_scores(model.encode, sets).items()} if sets else {}, "accuracy": {}, "mse": {}}
+    cosines = similarity_scores(model.encode, sets) if sets else {}
+    row = {"spearman": {k: 100 * spearman(c, sets[k][2]) for k, c in cosines.items()}, "accuracy": {}, "mse": {}}
     for language, (english, translated) in ({} if english_only else dev).items():
         x, y = (model.encode(list(side), normalize=False) for side in (english, translated))
         row["accuracy"][language] = retrieval(x, y)
         if dev_targets:
             target = dev_targets[language]
             row["mse"][language] = [100 * float(np.square(v - target).mean()) for v in (x, y)]
-    return row
+    return row, cosines
 
 
 def look(vectors):
@@ -268,6 +290,37 @@ def look(vectors):
     total = u.sum(0)
     return {"n": n, "width": v.shape[1], "norm": float(np.linalg.norm(v, axis=1).mean()), "cosine": float((total @ total - n) / (n * (n - 1))) if n > 1 else float("nan"),
             "constant_mse": float(v.var(0).mean())}
+
+
+def plot(out, files):
+    """Draw mean Spearman, monolingual and cross-lingual, against size: the student of each results.json, and the mean of
+    the assistants as lines. Raises: InputError without matplotlib, an optional extra, or for a file of another kind."""
+    try:
+        from matplotlib import rcParams
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("plot needs matplotlib, which the rest of this project does not: pip install matplotlib") from None
+    points, bars = [], []
+    for file in files:
+        try:
+            rows = read_json(file)["rows"]
+            last = rows[[k for k in rows if k.startswith("student, stage")][-1]]
+            points.append((100 * last["sizes"]["total"] / rows["assistant"]["sizes"]["total"], *mean_spearman(last["spearman"])[1:]))
+            bars.append(mean_spearman(rows["assistant"]["spearman"])[1:])
+        except (KeyError, IndexError, TypeError, AttributeError) as e:
+            raise InputError(f"{file}: not the results.json of a run with a student ({e!r} is missing)") from None
+    rcParams["svg.hashsalt"] = "msd"                           # the same picture has the same bytes
+    figure = Figure((6, 3.5), layout="constrained")
+    ax, points = figure.subplots(), sorted(points)
+    for i, name in enumerate(("monolingual", "cross-lingual")):
+        ax.plot([p[0] for p in points], [p[i + 1] for p in points], "o", color=f"C{i}", label=f"student, {name}")
+        ax.axhline(np.mean([b[i] for b in bars]), color=f"C{i}", linestyle=":", label=f"assistant, {name}")
+    ax.set(xlabel="parameters, % of the assistant's", ylabel="mean Spearman x 100", xlim=(0, 105))
+    ax.legend(fontsize="small")
+    try:
+        figure.savefig(out, metadata={"Date": None} if str(out).endswith(".svg") else None)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{out}: cannot draw there ({e}); expected a name such as curve.svg or curve.png") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- usage
@@ -292,11 +345,16 @@ def main(argv=None):
         for arg in ("dir", *extra):
             p.add_argument(arg)
     sub.choices["search"].add_argument("--top", type=int, default=5, help="how many lines to show")
+    p = sub.add_parser("plot")
+    p.add_argument("out")
+    p.add_argument("results", nargs="+")
     for p in (ap, *sub.choices.values()):
         p.error = usage_error
     args = ap.parse_args(argv)
     if not " ".join(map(str, vars(args).values())).isprintable() or getattr(args, "top", 1) < 1:
         raise InputError("expected text in UTF-8 without control characters, and --top of 1 or more")
+    if args.command == "plot":
+        return plot(args.out, args.results)
     model = load(args.dir, args.dtype)
     if args.command == "similarity":
         a, b = unit(model.encode([args.a, args.b]))

@@ -4,6 +4,7 @@
 """
 import ast
 import gzip
+import importlib.util
 import json
 import math
 import os
@@ -754,12 +755,16 @@ def test_same_bytes_again(world, finished):
 
 
 def test_killed_at_random_moments(world, finished):
-    """kill -9 wherever it may be, continue, until done: the bits of a run that was never stopped."""
-    rng, kills = random.Random(0), 0
+    """kill -9 some moment after a checkpoint has changed, continue, until done: the bits of a run that was never stopped."""
+    rng, kills, file = random.Random(0), 0, world / "killed" / "checkpoint.safetensors"
+    stamp = lambda: file.stat().st_mtime_ns if file.exists() else 0
     for _ in range(60):
+        before = stamp()
         p = subprocess.Popen([str(a) for a in command(world, world / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while kills < 4 and p.poll() is None and stamp() == before:
+            time.sleep(0.002)
         try:
-            p.wait(timeout=rng.uniform(2.0, 5.0) if kills < 4 else 100)
+            p.wait(timeout=rng.uniform(0, 0.3) if kills < 4 else 100)
         except subprocess.TimeoutExpired:
             p.kill()
             p.wait()
@@ -812,7 +817,7 @@ def test_every_stage_resumes_to_the_bit(world, finished, tmp_path, monkeypatch):
 def test_stages_get_their_inputs_and_targets(world, finished, stage, monkeypatch, tmp_path):
     """What reaches the loss in a run: the model from the stage before, each pair's own target, from the right source."""
     out, seen = world / "whole", {}
-    def spy(k, model, s, t, y_s, y_t=None, contrast=True):
+    def spy(k, model, s, t, y_s, y_t=None, contrast=True, gather=None):
         if k == stage and not seen:
             source = M.load(world / "teacher" if k in (1, 4) else out / "assistant", "float32")
             start = {1: "start", 2: "assistant", 3: "stage2", 4: "stage3"}[k]
@@ -892,13 +897,52 @@ def test_optimizer_and_fit(tokenizer, tmp_path):
     assert log[0]["norm"] > 1e6 and (kept[3.0]).abs().max() < 0.1
 
 
+def test_sparse_embedding_gradient_is_the_dense_one(tokenizer):
+    """Sparse rows, clipping and AdamW in place: to rounding the weights of the plain path, over steps that touch other rows."""
+    models, p = [tiny(tokenizer, std=0.1).train() for _ in range(2)], replace(msd.PRESETS["demo"], weight_decay=0.1)
+    for m, sparse in zip(models, (True, False)):
+        m.embeddings.word.sparse, optimizer, table = sparse, train.make_optimizer(m, p, 1e-2), torch.zeros_like(m.embeddings.word.weight)
+        for step in range(6):
+            ids = torch.randint(1, 40, (5, 9), generator=torch.Generator().manual_seed(step)) + 30 * step      # pads are among them
+            optimizer.zero_grad()
+            (100 * m(ids, ids != 1).square().sum()).backward()
+            norm = train.clip_and_step(m, optimizer, 1.0, table) if sparse else torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+            if not sparse:
+                optimizer.step()
+            assert norm > 1 and (table == 0).all()
+    for (k, a), b in zip(models[0].named_parameters(), models[1].parameters()):
+        assert (a - b).abs().max() < 1e-5, (k, (a - b).abs().max())
+
+
 def test_evaluate_by_hand():
     class Fixed:
         def encode(self, texts, normalize=None):
             return np.array([[float(t[0]), 1.0] for t in texts])
-    row = msd.evaluate(Fixed(), {"en-de": (["1a", "2a"], ["1b", "9b"], np.array([5, 0]))}, {"de": (["1", "5"], ["1", "5"])}, {"de": np.array([[1.0, 1.0], [5.0, 2.0]])})
+    row, _ = msd.evaluate(Fixed(), {"en-de": (["1a", "2a"], ["1b", "9b"], np.array([5, 0]))}, {"de": (["1", "5"], ["1", "5"])}, {"de": np.array([[1.0, 1.0], [5.0, 2.0]])})
     assert row["spearman"]["en-de"] == pytest.approx(100) and row["accuracy"]["de"] == (100, 100) and row["mse"]["de"] == pytest.approx([25, 25])
     assert msd.mean_spearman({"en-en": 80, "de-de": 60, "en-de": 40}) == (60, 70, 40)
+
+
+def test_bootstrap():
+    """A model against itself: no difference, ever. A better one: the bounds hold the difference, and exclude 0."""
+    rng, gold = np.random.default_rng(0), np.arange(200.0)
+    sets = {"en-en": ([], [], gold), "en-de": ([], [], gold[:150])}
+    good, bad = ({k: s[2] + rng.normal(0, sd, len(s[2])) for k, s in sets.items()} for sd in (10, 80))
+    assert all(v == [0, 0, 0] for v in msd.bootstrap(sets, good, good, 50).values())
+    got = msd.bootstrap(sets, bad, good, 200)
+    want = [100 * (msd.spearman(good[k], sets[k][2]) - msd.spearman(bad[k], sets[k][2])) for k in sets]
+    assert got["mono"][0] == pytest.approx(want[0]) and got["cross"][0] == pytest.approx(want[1]) and got["all"][0] == pytest.approx(np.mean(want))
+    assert all(0 < low < d < high for d, low, high in got.values())
+
+
+def test_plot(world, finished, tmp_path):
+    draw = lambda *files: run([sys.executable, HERE / "msd.py", "plot", tmp_path / "curve.svg", *files])
+    done = draw(world / "whole" / "results.json")
+    if importlib.util.find_spec("matplotlib") is None:
+        assert done.returncode == 2 and "pip install matplotlib" in done.stderr and done.stderr.count("\n") == 1
+    else:
+        assert done.returncode == 0 and "<svg" in (tmp_path / "curve.svg").read_text()
+        assert "not the results.json of a run" in draw(world / "whole" / "run.json").stderr
 
 
 def test_damaged_cache_is_named(tmp_path, tokenizer):
@@ -980,6 +1024,71 @@ def test_ablations_by_flags(world, finished, tmp_path):
         done = run(command(world, out, *flags))
         assert done.returncode == 0, done.stderr
         assert [k for k in json.loads((out / "results.json").read_text())["rows"] if "stage" in k] == rows
+
+
+# ---------------------------------------------------------------------------------------------------------- many processes
+def script(path, body):
+    return write(path, f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport model as M, train\n{body}\ntrain.msd.run_cli(train.main)\n")
+
+
+def torchrun(args, n=2):
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}", "--master-port", str(random.randrange(20000, 60000)), *args[1:]]
+
+
+def test_two_processes_give_the_gradients_of_one(world, finished, tmp_path):
+    """Every stage, every batch of a pass, the last of which has one pair and leaves a process without any: the gradients of
+    two processes are those of one, and so are the loss terms, the contrastive one over all pairs of the batch."""
+    file = script(tmp_path / "gradients.py", """
+def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
+    for step in range(8):
+        model.zero_grad()
+        terms = terms_at(step)[0]
+        sum(terms.values()).backward()
+        if run.rank == 0:
+            M.write_safetensors(run.out / f"{name[-1]}-{step}", {**terms, **{k: q.grad for k, q in model.named_parameters() if q.grad is not None}})
+    if run.rank == 0:
+        M.write_safetensors(run.out / f"{name[-1]}-dev", {"dev": train.torch.tensor(dev_loss())})
+    else:
+        dev_loss()
+    return model
+train.fit = fit
+""")
+    for out, launch in (("one", lambda a: a), ("two", torchrun)):
+        args = command(world, tmp_path / out, "--batch", "17", "--dropout", "0", "--dtype", "float32")
+        done = run(launch([args[0], file, *args[2:]]))
+        assert done.returncode == 0, done.stderr
+    seen = 0
+    for one in sorted((tmp_path / "one").glob("[1-4]-*")):
+        a, b = M.read_safetensors(one)[0], M.read_safetensors(tmp_path / "two" / one.name)[0]
+        assert set(a) == set(b) and (one.name[0] != "4" or "dev" in one.name or "mcl" in a)
+        for k in a:
+            assert torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-5 * float(a[k].abs().max()) + 1e-9), (one.name, k)
+        seen += len(a)
+    assert seen > 4 * 8 * 10
+
+
+def test_processes_share_a_run(world, finished, tmp_path):
+    """One process killed: the other says so and ends; the same command continues to the table; the log is written once."""
+    file = script(tmp_path / "dies.py", """
+real = train.pair_batches
+def fragile(run, stage, *rest):
+    terms_at, loss, steps = real(run, stage, *rest)
+    def at(step):
+        if run.rank == 1 and stage == 3 and step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return terms_at(step)
+    return at, loss, steps
+train.pair_batches = fragile
+""")
+    args = command(world, tmp_path / "run", "--dtype", "float32", "--epochs", "1")
+    done = run(torchrun([args[0], file, *args[2:]]))
+    assert done.returncode != 0 and "process 0 lost the others" in done.stderr and "SIGKILL" in done.stderr
+    assert M.read_safetensors(tmp_path / "run" / "checkpoint.safetensors")[1] | {"best": "", "seconds": ""} == {"format": "pt", "stage": "stage 3", "step": "4", "best": "", "seconds": ""}
+    done = run(torchrun(args))
+    assert done.returncode == 0 and done.stdout.count("student, stage 4 ") == 2 and "stage 3: continues at step 4" in done.stdout, done.stderr
+    log = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [(e["stage"], e["step"]) for e in log if "loss" in e]
+    assert len(steps) == len(set(steps)) == 4 * 8
 
 
 def test_using_a_model(world, finished, tmp_path):

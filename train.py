@@ -3,7 +3,10 @@
 A run lives in one folder. The same command again continues it, exactly, wherever it was stopped.
 """
 import argparse
+import contextlib
+import ctypes
 import dataclasses
+import datetime
 import difflib
 import fcntl
 import glob
@@ -23,10 +26,11 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
 
 import data
 import msd
-from model import Encoder, InputError, atomic, best_dtype, load, pad, read_json, read_safetensors, write_safetensors
+from model import Encoder, InputError, atomic, best_dtype, load, pad, put, read_json, read_safetensors, write_safetensors
 from msd import PRESETS, STAGES, Preset
 
 
@@ -39,7 +43,7 @@ class Stop(Exception):
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 # What may differ between a run and its continuation: the result does not depend on it, or in its last bits only.
-FREE = {"out", "cache", "restart", "save_seconds", "threads", "check", "check_update", "strict", "device"}
+FREE = {"out", "cache", "restart", "save_seconds", "threads", "check", "check_update", "strict", "device", "compile"}
 
 
 def parser():
@@ -60,6 +64,7 @@ def parser():
     ap.add_argument("--dtype", choices=("float32", "bfloat16"), help="arithmetic; left out, the best on this device; weights are float32 always")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--threads", type=int, help="CPU threads; the number of real cores is best")
+    ap.add_argument("--compile", action="store_true", help="torch.compile the model; a minute or two at first, for long runs on a GPU")
     ap.add_argument("--evals", type=int, default=4, help="dev readings a stage; the best one's weights are kept")
     ap.add_argument("--save-seconds", type=float, default=60, help="time between checkpoints; what a crash can cost you")
     ap.add_argument("--strict", action="store_true", help="stop at the first malformed line instead of dropping up to 1 %%")
@@ -159,21 +164,50 @@ def expand(patterns, flag):
 
 # -------------------------------------------------------------------------------------------------------------- the run
 class Run:
-    """What all parts of a run share: arguments, preset, folder, log, and the signal that asks it to stop."""
+    """What all parts of a run share: arguments, preset, folder, log, its place among the processes of torchrun, and the
+    signal that asks it to stop. All processes do the same; the first one alone writes."""
     def __init__(self, args, preset):
         self.args, self.p, self.out, self.stop, self.busy = args, preset, args.out, None, False
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.dtype, why = (getattr(torch, args.dtype), "asked for") if args.dtype else best_dtype(args.device)
         torch.set_num_threads(args.threads or torch.get_num_threads())
-        self.rate = matrix_rate(self.dtype, args.device)
-        self.say(f"device {args.device}, {str(self.dtype)[6:]} ({why}), {torch.get_num_threads()} threads, "
+        # Freed blocks stay with the process: by default glibc gives the large ones back to the system and fetches them anew,
+        # zeroed page by page, at every step, which costs a sixth of the time on CPU. -1: M_TRIM_THRESHOLD, -3: M_MMAP_THRESHOLD.
+        if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+            libc.mallopt(-1, 2 ** 31 - 1), libc.mallopt(-3, 2 ** 30)
+        self.rate = self.world * matrix_rate(self.dtype, args.device)
+        self.say(f"device {args.device}, {str(self.dtype)[6:]} ({why}), {torch.get_num_threads()} threads, {self.world} processes, "
                  f"matrix rate {self.rate / 1e9:,.0f} GFLOP/s; {args.preset}, stages {args.stages}, seed {args.seed}, folder {self.out}")
 
     def say(self, text):
-        print(text, flush=True)
+        if self.rank == 0:
+            print(text, flush=True)
 
     def log(self, **entry):
-        with open(self.out / "log.jsonl", "a") as f:
-            f.write(json.dumps(entry) + "\n")
+        if self.rank == 0:
+            with open(self.out / "log.jsonl", "a") as f:
+                f.write(json.dumps(entry) + "\n")
+
+    def agree(self, *values):
+        """The largest of each number over all processes."""
+        if self.world == 1:
+            return values
+        dist.all_reduce(t := torch.tensor(values, dtype=torch.int64), op=dist.ReduceOp.MAX)
+        return t.tolist()
+
+    @contextlib.contextmanager
+    def first(self):
+        """The first process goes through alone and makes what the others then find."""
+        if self.rank:
+            dist.barrier()
+        yield
+        if self.world > 1 and self.rank == 0:
+            dist.barrier()
+
+    def save(self, model, folder):
+        with self.first():
+            if self.rank == 0:
+                model.save(folder)
 
     def on_signal(self, number, frame):
         """During a step: finish it, save, leave. Elsewhere leave at once; nothing half-written stays."""
@@ -183,7 +217,7 @@ class Run:
 
     def remember(self):
         """Write down what this run is, once its inputs have been read: a mistyped path leaves nothing to refuse the next try."""
-        if not (self.out / "run.json").exists():
+        if self.rank == 0 and not (self.out / "run.json").exists():
             with atomic(self.out / "run.json") as tmp:
                 tmp.write_text(json.dumps(self.identity, indent=1))
 
@@ -219,15 +253,38 @@ def make_optimizer(model, p, lr):
     return torch.optim.AdamW(groups, lr=lr, eps=1e-6, fused=True)
 
 
+def clip_and_step(model, optimizer, clip, table=None):
+    """Clip the gradient, take a step of AdamW, return the norm before clipping.
+
+    table: zeros of the word table's shape, where its gradient is sparse. A batch touches some thousand rows: they alone are
+    kept, measured and clipped. AdamW moves every row at every step, so they are then written into the full table, which
+    nothing else fills or reads: at V = 250,002, B = 128 the vocabulary takes 4 % of a step and not 11."""
+    word, grads = model.embeddings.word.weight, [q.grad for q in model.parameters() if q.grad is not None]
+    if sparse := word.grad is not None and word.grad.is_sparse:
+        g = word.grad.coalesce()
+        rows, grads = g.indices()[0], [v for v in grads if not v.is_sparse] + [g.values()]
+    norm = torch.nn.utils.get_total_norm(grads)
+    torch._foreach_mul_(grads, (clip / (norm + 1e-6)).clamp(max=1.0))
+    if sparse:
+        word.grad = table.index_copy_(0, rows, g.values())
+    optimizer.step()
+    if sparse:
+        table.index_fill_(0, rows, 0.0)
+    return norm
+
+
 def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
     """Train `model` for `steps` steps and leave the weights of the best dev loss in it.
 
     terms_at(step): (loss terms by name, tokens, batch ids), a pure function of the step. Every random draw depends on seed,
-    stage and step alone, so a checkpoint needs no generator state and a continued run gives the same bits.
+    stage and step alone, so a checkpoint needs no generator state and a continued run gives the same bits. The loop never
+    waits for a GPU but where it reports, reads dev or saves. Of several processes all do the same; the first one writes.
     Raises: Stop at a signal, after a save; Stop at a loss that is not finite, with nothing saved over."""
     args, p, file = run.args, run.p, run.out / "checkpoint.safetensors"
     model.train()
     named, optimizer = dict(model.named_parameters()), make_optimizer(model, p, lr)
+    sparse = model.embeddings.word.sparse = model.device.type == "cpu" and run.world == 1 and not args.compile
+    table = torch.zeros_like(model.embeddings.word.weight) if sparse else None
     start, best, best_loss, seconds = 0, None, float("inf"), 0.0
     if file.exists():
         state, meta = read_safetensors(file)
@@ -252,27 +309,32 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
         state.update({f"best.{k}": v for k, v in (best or {}).items()})
         write_safetensors(file, state, {"stage": name, "step": str(step), "best": repr(best_loss), "seconds": repr(seconds + time.monotonic() - begun)})
 
+    def check():
+        if (bad := int(broken)) >= 0:
+            raise Stop(f"{name}, step {bad}: the loss or the gradient norm is not finite; batch {list(map(int, terms_at(bad)[2][:16]))}... "
+                       f"The last good checkpoint is {file if file.exists() else 'none yet'}; --lr or --clip may be too high", 1)
+
     used = used_per_token(model, layers)
     evals = {-(-steps * (i + 1) // args.evals) for i in range(args.evals)}
     begun = saved = shown = last = time.monotonic()
     counted = 0
-    every = max(1, steps // 100)
+    every, broken = max(1, steps // 100), torch.tensor(-1, device=model.device)
     for step in range(start, steps):
         run.busy = True
-        torch.manual_seed(int.from_bytes(data.digest(args.seed, name, step).encode()[:7], "little"))     # dropout
+        torch.manual_seed(int.from_bytes(data.digest(args.seed, name, step, *[run.rank] * (run.rank > 0)).encode()[:7], "little"))     # dropout
         for group in optimizer.param_groups:
             group["lr"] = lr * rate_at(step, steps, p.warmup)
-        terms, tokens, ids = terms_at(step)
+        terms, tokens, _ = terms_at(step)
         loss = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([q for q in named.values() if q.grad is not None], p.clip)
-        if not torch.isfinite(loss + norm):
-            raise Stop(f"{name}, step {step}: loss {float(loss)}, gradient norm {float(norm)}: not finite; batch {list(map(int, ids[:16]))}... "
-                       f"The last good checkpoint is {file if file.exists() else 'none yet'}; --lr or --clip may be too high", 1)
-        optimizer.step()
+        norm = clip_and_step(model, optimizer, p.clip, table)
         counted, now = counted + tokens, time.monotonic()
-        if (step + 1) % every == 0 or step + 1 == steps:
+        broken = torch.where((broken < 0) & ~torch.isfinite(loss + norm), step, broken)
+        shows = (step + 1) % every == 0 or step + 1 == steps
+        if shows or step + 1 in evals or model.device.type == "cpu":
+            check()
+        if shows:
             speed = counted / max(now - last, 1e-9)
             numbers = {k: float(v.detach()) for k, v in terms.items()}
             run.log(stage=name, step=step, loss=float(loss.detach()), **numbers, lr=group["lr"], norm=float(norm), tokens_per_s=round(speed), share=round(6 * used * speed / run.rate, 3))
@@ -288,11 +350,15 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
             if not value >= best_loss:
                 best_loss, best = value, {k: q.detach().clone() for k, q in named.items()}
             counted, last = 0, time.monotonic()
-        if run.stop or time.monotonic() - saved > args.save_seconds and step + 1 < steps:
-            save(step + 1)
+        stop, due = run.agree(run.stop or 0, time.monotonic() - saved > args.save_seconds and step + 1 < steps)
+        if stop or due:
+            check()
+            if run.rank == 0:
+                save(step + 1)
             saved = time.monotonic()
-        run.busy = False                                        # a signal that came during the step or its save
-        if run.stop:
+        run.busy = False
+        if stop:                                                # a signal that comes during a save is seen one step later
+            run.stop = stop
             run.leave()
     if best:
         with torch.no_grad():
@@ -305,7 +371,7 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
 def trim_log(run, name, start):
     """Take from the log what an interrupted run wrote after the checkpoint that is continued."""
     file = run.out / "log.jsonl"
-    if file.exists():
+    if file.exists() and run.rank == 0:
         lines = file.read_text(errors="replace").splitlines()
         kept = [x for x in lines if (e := _entry(x)) and (e.get("stage") != name or e.get("step", start) < start)]
         if kept != lines:
@@ -333,47 +399,77 @@ def pair_batches(run, stage, model, corpus, rows, source, name, epochs=None):
 
     source: the encoder that gives the targets, name: its fingerprint. terms_at(step): for training, `epochs` passes;
     loss(): the mean loss over all rows, for dev. Targets are computed for the sentences that will be seen, once, and read
-    from disk by step."""
+    from disk by step. Of several processes each takes its share of every batch."""
     s, batch, cache = STAGES[stage], run.p.batch[stage - 1], run.args.cache
-    flat, starts = data.tokens(corpus, model, cache)
-    size = np.diff(starts)[corpus.pairs[rows]].sum(1)
-    seed = [run.args.seed, stage]
-    first = data.batch_order(size, batch, [*seed, 0])          # the first pass; its length is that of all
+    with run.first():
+        flat, starts = data.tokens(corpus, model, cache)
+    sizes = np.diff(starts)[corpus.pairs[rows]]                # (n, 2)
+    longer, size, seed = sizes.max(1), sizes.sum(1), [run.args.seed, stage]
+    first = data.batch_order(longer, batch, [*seed, 0])        # the first pass; its length is that of all
     steps = max(1, math.ceil((epochs or 1) * len(first)))
     seen = corpus.pairs[rows[np.concatenate(first[:steps])]]                           # all of them from one pass on
     ids = np.unique(seen if s.own else seen[:, 0])
     # Raw targets, as in the paper. Unit vectors have a variance of 1/H a dimension, so their MSE drowns beside the
     # contrastive term: 10 points lost on the demo. Scaled to variance 1 they end near raw. Figures in the README.
     form = {"unit": run.p.targets != "raw", "scale": source.config.hidden_size ** 0.5 if run.p.targets == "scaled" else 1.0} if s.source == "teacher" else {}
-    vectors = data.vectors(corpus, ids, source, name, cache, s.layers, progress=progress(run, f"targets of stage {stage}"), **form)
-    orders = {0: first}
+    with run.first():
+        vectors = data.vectors(corpus, ids, source, name, cache, s.layers, progress=progress(run, f"targets of stage {stage}"), **form)
+    orders, live = {0: first}, share(run, model) if epochs else model
 
     def side(ids):
-        return tuple(torch.from_numpy(a).to(run.args.device) for a in pad(flat, starts, ids, model.config.pad_token_id))
+        return tuple(put(a, run.args.device) for a in pad(flat, starts, ids, model.config.pad_token_id))
 
     def target(wanted):
-        return torch.from_numpy(vectors[np.searchsorted(ids, wanted)].astype(np.float32)).to(run.args.device)
+        return put(vectors[np.searchsorted(ids, wanted)], run.args.device).float()
 
-    def terms(numbers):
+    def terms(numbers, model=model, mine=slice(None), gather=None):
         i, j = corpus.pairs[rows[numbers]].T                                           # (N,) English, (N,) translations
-        return msd.stage_loss(stage, model, side(i), side(j), target(i), target(j) if s.own else None, not run.args.no_contrast)
+        return msd.stage_loss(stage, model, side(i[mine]), side(j[mine]), target(i), target(j) if s.own else None, not run.args.no_contrast, gather)
 
     def terms_at(step):
         epoch, i = divmod(step, len(first))
         if epoch not in orders:
             orders.clear()
-            orders[epoch] = data.batch_order(size, batch, [*seed, epoch])
+            orders[epoch] = data.batch_order(longer, batch, [*seed, epoch])
         numbers = orders[epoch][i]
-        return terms(numbers), int(size[numbers].sum()), rows[numbers]
+        return terms(numbers, live, *part_of(run, len(numbers))), int(size[numbers].sum()), rows[numbers]
 
     def loss():
         model.eval()
         with torch.inference_mode():
-            total = sum(len(b) * float(sum(terms(b).values())) for b in first)
+            total = torch.tensor([sum(len(b) * float(sum(terms(b).values())) for b in first[run.rank::run.world])])
+        if run.world > 1:
+            dist.all_reduce(total)
         model.train()
-        return total / len(rows)
+        return float(total) / len(rows)
 
     return terms_at, loss, steps
+
+
+def share(run, model):
+    """What a stage calls in training: the model, compiled if asked for, its gradients averaged over the processes."""
+    if run.args.compile:
+        model.compile(dynamic=True)
+    return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if run.world > 1 else model
+
+
+def part_of(run, n):
+    """(rows, gather) of one process in a batch of n pairs: every world-th row, and what puts the vectors (N, H) of all rows
+    together. The loss is then the same formula over the whole batch, contrastive matrix and all, on every process; each
+    sends gradient back through its own rows alone, and the mean over processes that follows is made up for here."""
+    if run.world == 1:
+        return slice(None), None
+    mine = np.arange(run.rank, n, run.world)
+    index = put(mine, run.args.device)
+
+    def gather(x):
+        x = x[:len(mine)]                                      # of an empty share, a row that does not count
+        whole = x.new_zeros(n, x.shape[1]).index_copy(0, index, x.detach())
+        dist.all_reduce(whole)
+        if x.requires_grad:
+            x.register_hook(lambda g: run.world * g)
+        return whole.index_copy(0, index, x)
+    return mine if len(mine) else np.zeros(1, np.int64), gather
 
 
 def progress(run, what):
@@ -421,10 +517,10 @@ def demo_teacher(run, folder):
 
     def terms_at(step):
         rows = np.random.default_rng([run.args.seed, step]).choice(n, batch, replace=False)
-        x, y = (model(*(torch.from_numpy(z).to(run.args.device) for z in pad(flat, starts, rows + k, config.pad_token_id))) for k in (0, n))
+        x, y = (model(*(put(z, run.args.device) for z in pad(flat, starts, rows + k, config.pad_token_id))) for k in (0, n))
         cos = torch.nn.functional.cosine_similarity(x, y)
         return {"score": msd.mse(cos, gold[rows])}, int((np.diff(starts)[rows] + np.diff(starts)[rows + n]).sum()), rows
-    fit(run, "teacher", model, msd.DEMO_TEACHER_STEPS, 2e-3, terms_at).save(folder)
+    run.save(fit(run, "teacher", model, msd.DEMO_TEACHER_STEPS, 2e-3, terms_at), folder)
 
 
 def pipeline(run):
@@ -434,8 +530,9 @@ def pipeline(run):
     if not args.train:
         msd.check_sizes(msd.DEMO_TEACHER, p.bottleneck, p.layers, p.recurrence)
         run.remember()
-        if not (out / "data").exists():
-            data.write_demo(out / "data")
+        with run.first():
+            if not (out / "data").exists():
+                data.write_demo(out / "data")
         files = {split: [f"{out}/data/{split}/en-{x}.tsv" for x in args.languages] for split in ("train", "dev")}
         args = argparse.Namespace(**{**vars(args), **files, "sts": f"{out}/data/sts"})
         if not teacher_dir.exists():
@@ -447,8 +544,9 @@ def pipeline(run):
     msd.check_sizes((given or teacher).config, p.bottleneck, p.layers, p.recurrence)
     sts = data.read_sts(args.sts) if args.sts else {}
     sts = sts if run.args.train else {k: v for k, v in sts.items() if set(k.split("-")) <= {"en", *args.languages}}
-    corpus = data.build_corpus(expand(args.train, "--train"), args.cache, expand(args.extra, "--extra"), args.strict, p.max_chars, max(p.max_lines))
-    dev = data.build_corpus(expand(args.dev, "--dev"), args.cache, (), args.strict, p.max_chars) if args.dev else None
+    with run.first():
+        corpus = data.build_corpus(expand(args.train, "--train"), args.cache, expand(args.extra, "--extra"), args.strict, p.max_chars, max(p.max_lines))
+        dev = data.build_corpus(expand(args.dev, "--dev"), args.cache, (), args.strict, p.max_chars) if args.dev else None
     run.remember()
     report(run, corpus)
     look(run, teacher, corpus)
@@ -458,14 +556,16 @@ def pipeline(run):
         if args.assistant:
             model = load_for(run, args.assistant, train=True)
         else:
-            if not start_dir.exists():
-                run.say(f"vocabulary: learning {p.vocab:,} pieces from {len(corpus.first):,} sentences")
-                lower = teacher.tokenizer.normalizer is not None and teacher.tokenizer.normalizer.normalize_str("A") == "a" or teacher.config.do_lower_case
-                chunks = (t for i in range(0, len(corpus.first), 10000) for t in corpus.texts(np.arange(i, min(i + 10000, len(corpus.first)))))
-                tokenizer = data.train_tokenizer(chunks, p.vocab, lower)
-                msd.make_assistant(load(teacher_dir, "float32", "cpu"), tokenizer, data.SPECIAL.index("<pad>")).save(start_dir)
+            with run.first():
+                if not start_dir.exists():
+                    n = min(len(corpus.first), 2_000_000)      # sentences are numbered by their hash: the first ones are a fair sample
+                    run.say(f"vocabulary: learning {p.vocab:,} pieces from {n:,} sentences")
+                    lower = teacher.tokenizer.normalizer is not None and teacher.tokenizer.normalizer.normalize_str("A") == "a" or teacher.config.do_lower_case
+                    chunks = (t for i in range(0, n, 10000) for t in corpus.texts(np.arange(i, min(i + 10000, n))))
+                    tokenizer = data.train_tokenizer(chunks, p.vocab, lower)
+                    msd.make_assistant(load(teacher_dir, "float32", "cpu"), tokenizer, data.SPECIAL.index("<pad>")).save(start_dir)
             model = load_for(run, start_dir, train=True)
-        train_stage(run, 1, model, corpus, dev, {"teacher": teacher_dir}).save(assistant_dir)
+        run.save(train_stage(run, 1, model, corpus, dev, {"teacher": teacher_dir}), assistant_dir)
     names = {k: "student" if k == args.stages[-1] else f"stage{k}" for k in args.stages if k > 1}
     previous = None
     for k, name in names.items():
@@ -474,9 +574,10 @@ def pipeline(run):
                 model = msd.make_student(load_for(run, assistant_dir, train=True), p.bottleneck, p.layers, p.recurrence, p.init, args.seed)
             else:
                 model = load_for(run, out / previous, train=True)
-            train_stage(run, k, model, corpus, dev, {"teacher": teacher_dir, "assistant": assistant_dir}).save(out / name)
+            run.save(train_stage(run, k, model, corpus, dev, {"teacher": teacher_dir, "assistant": assistant_dir}), out / name)
         previous = name
-    finish(run, teacher_dir, assistant_dir, names, sts, dev)
+    if run.rank == 0:
+        finish(run, teacher_dir, assistant_dir, names, sts, dev)
 
 
 def train_stage(run, stage, model, corpus, dev, sources):
@@ -484,6 +585,7 @@ def train_stage(run, stage, model, corpus, dev, sources):
     p, k = run.p, stage - 1
     folder = sources[STAGES[stage].source]
     source, name = load_for(run, folder), fingerprint(folder)
+    model.layers.requires_grad_(STAGES[stage].layers)           # stage 2 has no use for them
     rows = np.flatnonzero(((corpus.group == 0) | (stage in (2, 3))) & (corpus.line <= p.max_lines[k]))
     terms_at, _, steps = pair_batches(run, stage, model, corpus, rows, source, name, p.epochs[k])
     few = dev and np.sort(np.random.default_rng(0).permutation(len(dev.pairs))[:1000])    # enough to rank checkpoints
@@ -497,7 +599,7 @@ def report(run, corpus):
     """What was read and what was dropped, with totals that add up."""
     lines, kept, long, blank = (sum(r[k] for r in corpus.report) for k in ("lines", "kept", "long", "blank"))
     bad = sum(sum(r["bad"].values()) for r in corpus.report)
-    twice = len(corpus.pairs) - len(np.unique(corpus.pairs, axis=0))
+    twice = len(corpus.pairs) - len(np.unique(corpus.pairs[:, 0] * np.uint64(2 ** 32) + corpus.pairs[:, 1]))
     run.say(f"data: {len(corpus.report)} files, {lines:,} lines = {kept:,} pairs + {long:,} too long + {blank:,} blank + {bad:,} malformed; "
             f"{len(corpus.first):,} distinct sentences, {twice / kept:.1%} of the pairs are repeated")
     for example in [e for r in corpus.report for e in r["examples"]][:3]:
@@ -537,10 +639,11 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
     teacher = load_for(run, teacher_dir)
     scale = {"raw": None, "unit": 1.0, "scaled": teacher.config.hidden_size ** 0.5}[run.p.targets]
     goal = {k: (lambda v: v if scale is None else scale * msd.unit(v))(teacher.encode(english, normalize=False)) for k, (english, _) in pairs.items()}
-    rows, begun = {}, time.monotonic()
+    rows, cosines, begun = {}, {}, time.monotonic()
 
     def score(label, model):
-        rows[label] = {**msd.evaluate(model, sts, {} if label == "teacher" else pairs, goal, english_only=label == "teacher"), "sizes": msd.ledger(model.config)}
+        rows[label], cosines[label] = msd.evaluate(model, sts, {} if label == "teacher" else pairs, goal, english_only=label == "teacher")
+        rows[label]["sizes"] = msd.ledger(model.config)
         run.say(f"evaluated {label}: mean Spearman {msd.mean_spearman(rows[label]['spearman'])[0]:.1f} ({time.monotonic() - begun:.0f} s)")
         return model
 
@@ -553,7 +656,8 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
     for k, name in names.items():
         score(f"student, stage {k}", load_for(run, out / name))
     entries = [e for x in (out / "log.jsonl").read_text(errors="replace").splitlines() if (e := _entry(x))]
-    results = {"rows": rows, "stages": [e for e in entries if e.get("done") and "stage" in e], "teacher_look": next(e["teacher"] for e in reversed(entries) if "teacher" in e),
+    last = list(rows)[-1]
+    results = {"rows": rows, "bootstrap": msd.bootstrap(sts, cosines["assistant"], cosines[last]) if names and sts else None, "stages": [e for e in entries if e.get("done") and "stage" in e], "teacher_look": next(e["teacher"] for e in reversed(entries) if "teacher" in e),
                "arguments": settings(run), "seed": args.seed, "git": git_revision(), "dtype": str(run.dtype)[6:], "threads": torch.get_num_threads(),
                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.device}", "python": platform.python_version(),
                "versions": {"torch": torch.__version__, "tokenizers": tokenizers.__version__, "numpy": np.__version__}}
@@ -582,6 +686,8 @@ def print_table(results):
     for label in [k for k in rows if k in ("teacher", "assistant")] + [k for k in rows if k.startswith("student")][-1:]:
         s = rows[label]["sizes"]
         print(f"{label.split(',')[0]:18}{s['embedding']:13,}{s['layers']:13,}{s['other']:11,}{s['total']:13,}{s['total'] * 4 / 2 ** 20:9.1f}{s['total'] / full:12.1%}")
+    if results.get("bootstrap"):
+        print("\nstudent - assistant, with 95 % of paired resamples: " + ", ".join(f"{k} {d:+.1f} ({low:+.1f} to {high:+.1f})" for k, (d, low, high) in results["bootstrap"].items() if d == d))
     seconds = ", ".join(f"{e['stage']} {e['seconds']:.0f} s" for e in results["stages"])
     print(f"\n{seconds}; {results['dtype']}, {results['threads']} threads, seed {results['seed']}", flush=True)
 
@@ -617,22 +723,43 @@ def same_run(run):
     run.identity = now
 
 
-def execute(args, preset):
-    """Run, continue or report a run in args.out."""
+def take(folder):
+    """Lock a run's folder against a second command. Raises: InputError if it cannot be written or is taken."""
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        lock = open(args.out / ".lock", "w")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
     except (OSError, ValueError) as e:
-        raise InputError(f"--out {args.out}: not a folder that can be written ({e})") from None
+        raise InputError(f"--out {folder}: not a folder that can be written ({e})") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise InputError(f"{args.out}: another process is working on this run; wait for it, or choose another --out") from None
-    if args.restart:
-        for name in ("data", "teacher", "start", "assistant", "stage2", "stage3", "student"):
-            shutil.rmtree(args.out / name, ignore_errors=True)
-        for name in ("run.json", "results.json", "log.jsonl", "checkpoint.safetensors"):
-            (args.out / name).unlink(missing_ok=True)
+        raise InputError(f"{folder}: another process is working on this run; wait for it, or choose another --out") from None
+    return lock
+
+
+def join(args):
+    """Meet the other processes, where torchrun started several, and take the GPU of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if torch.device(args.device).type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    # What only the first process does, targets above all, may take it hours.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo", timeout=datetime.timedelta(days=1))
+
+
+def execute(args, preset):
+    """Run, continue or report a run in args.out."""
+    join(args)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        lock = take(args.out)                                   # held until this function ends
+        if args.restart:
+            for name in ("data", "teacher", "start", "assistant", "stage2", "stage3", "student"):
+                shutil.rmtree(args.out / name, ignore_errors=True)
+            for name in ("run.json", "results.json", "log.jsonl", "checkpoint.safetensors"):
+                (args.out / name).unlink(missing_ok=True)
+    if dist.is_initialized():
+        dist.barrier()
     run = Run(args, preset)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
@@ -640,7 +767,7 @@ def execute(args, preset):
     if (args.out / "results.json").exists():
         run.say("this run is finished; --restart starts over")
         try:
-            return print_table(read_json(args.out / "results.json"))
+            return run.rank == 0 and print_table(read_json(args.out / "results.json"))
         except (KeyError, TypeError, AttributeError):
             raise InputError(f"{args.out / 'results.json'}: damaged; delete it and run the same command to write it again") from None
     pipeline(run)
@@ -684,8 +811,15 @@ def main(argv=None):
     try:
         check(args.check_update) if args.check or args.check_update else execute(args, preset)
     except Stop as e:
-        print(e, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(e, file=sys.stderr)
         sys.exit(e.code)
+    except RuntimeError as e:
+        if not dist.is_initialized() or not isinstance(e, dist.DistError) and "peer" not in str(e):
+            raise
+        print(f"error: process {dist.get_rank()} lost the others: one of them has ended, and says why above unless it was killed. "
+              "The same command continues from the last checkpoint", file=sys.stderr)
+        os._exit(1)                                             # an orderly end would wait for the one that is gone
 
 
 if __name__ == "__main__":
