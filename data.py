@@ -315,6 +315,21 @@ def build_corpus(files, cache, extra=(), strict=False, max_chars=250, max_lines=
     return corpus
 
 
+def vocabulary(corpus, size, lower_case, cache, say=print):
+    """The tokenizer that train_tokenizer learns from a corpus, made once. Sentences are numbered by their hash, so the
+    first two millions are a fair sample of a larger one, and time and memory stay bounded."""
+    path, n = Path(cache) / f"vocabulary-{digest(corpus.key, size, lower_case)}.json", min(len(corpus.first), 2_000_000)
+    if not path.exists():
+        say(f"vocabulary: learning {size:,} pieces from {n:,} sentences")
+        tokenizer = train_tokenizer((t for i in range(0, n, 10000) for t in corpus.texts(np.arange(i, min(i + 10000, n)))), size, lower_case)
+        with atomic(path) as tmp:
+            tmp.write_text(tokenizer.to_str(), "utf-8")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as e:                                  # tokenizers raises bare Exception; this re-raises with the name
+        raise InputError(f"{path}: damaged cache entry ({e}); delete it and run again") from None
+
+
 def tokens(corpus, encoder, cache, chunk=20000):
     """(flat ids, starts) of all distinct sentences in an encoder's vocabulary, memory-mapped, made once."""
     folder = Path(cache) / f"tokens-{digest(corpus.key, encoder.tokenizer.to_str(), encoder.config.max_seq_length, encoder.config.do_lower_case)}"

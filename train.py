@@ -225,8 +225,9 @@ class Run:
         raise Stop("stopped; the same command continues here", 128 + self.stop)
 
 
-def matrix_rate(dtype, device, n=1024):
-    """Floating-point operations a second in an n x n matrix product, the best of several: what the device can do."""
+def matrix_rate(dtype, device):
+    """Floating-point operations a second in a square matrix product, the best of several: what the device can do."""
+    n = 8192 if torch.device(device).type == "cuda" else 1024
     a, best = torch.randn(n, n, device=device).to(dtype), float("inf")
     sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     for _ in range(10):
@@ -558,11 +559,8 @@ def pipeline(run):
         else:
             with run.first():
                 if not start_dir.exists():
-                    n = min(len(corpus.first), 2_000_000)      # sentences are numbered by their hash: the first ones are a fair sample
-                    run.say(f"vocabulary: learning {p.vocab:,} pieces from {n:,} sentences")
                     lower = teacher.tokenizer.normalizer is not None and teacher.tokenizer.normalizer.normalize_str("A") == "a" or teacher.config.do_lower_case
-                    chunks = (t for i in range(0, n, 10000) for t in corpus.texts(np.arange(i, min(i + 10000, n))))
-                    tokenizer = data.train_tokenizer(chunks, p.vocab, lower)
+                    tokenizer = data.vocabulary(corpus, p.vocab, lower, args.cache, run.say)
                     msd.make_assistant(load(teacher_dir, "float32", "cpu"), tokenizer, data.SPECIAL.index("<pad>")).save(start_dir)
             model = load_for(run, start_dir, train=True)
         run.save(train_stage(run, 1, model, corpus, dev, {"teacher": teacher_dir}), assistant_dir)
