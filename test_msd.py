@@ -1032,7 +1032,7 @@ def script(path, body):
 
 
 def torchrun(args, n=2):
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}", "--master-port", str(random.randrange(20000, 60000)), *args[1:]]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", *args[1:]]
 
 
 def test_two_processes_give_the_gradients_of_one(world, finished, tmp_path):

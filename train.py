@@ -330,12 +330,13 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = clip_and_step(model, optimizer, p.clip, table)
-        counted, now = counted + tokens, time.monotonic()
+        counted += tokens
         broken = torch.where((broken < 0) & ~torch.isfinite(loss + norm), step, broken)
         shows = (step + 1) % every == 0 or step + 1 == steps
         if shows or step + 1 in evals or model.device.type == "cpu":
             check()
         if shows:
+            now = time.monotonic()                              # after check(), which has waited for the GPU
             speed = counted / max(now - last, 1e-9)
             numbers = {k: float(v.detach()) for k, v in terms.items()}
             run.log(stage=name, step=step, loss=float(loss.detach()), **numbers, lr=group["lr"], norm=float(norm), tokens_per_s=round(speed), share=round(6 * used * speed / run.rate, 3))
