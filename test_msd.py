@@ -730,6 +730,7 @@ def test_end_to_end(world, finished):
     assert list(results["rows"]) == ["teacher", "assistant, untrained", "assistant", "student, untrained", "student, stage 2", "student, stage 3", "student, stage 4"]
     for label in results["rows"]:
         assert label in finished
+    assert "student - assistant" in finished and str(world) not in json.dumps(results)      # no path of this machine
     log = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
     assert [e["stage"] for e in log if e.get("done")] == ["stage 1", "stage 2", "stage 3", "stage 4"]
     assert all(set(e) >= {"en", "tr", "mcl", "lr", "norm", "tokens_per_s"} for e in log if e.get("stage") == "stage 4" and "loss" in e)

@@ -657,13 +657,18 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
     entries = [e for x in (out / "log.jsonl").read_text(errors="replace").splitlines() if (e := _entry(x))]
     last = list(rows)[-1]
     results = {"rows": rows, "bootstrap": msd.bootstrap(sts, cosines["assistant"], cosines[last]) if names and sts else None, "stages": [e for e in entries if e.get("done") and "stage" in e], "teacher_look": next(e["teacher"] for e in reversed(entries) if "teacher" in e),
-               "arguments": settings(run), "seed": args.seed, "git": git_revision(), "dtype": str(run.dtype)[6:], "threads": torch.get_num_threads(),
+               "arguments": {k: bare(v) if k in ("teacher", "assistant", "train", "extra", "dev", "sts") else v for k, v in settings(run).items()}, "seed": args.seed, "git": git_revision(), "dtype": str(run.dtype)[6:], "threads": torch.get_num_threads(),
                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.device}", "python": platform.python_version(),
                "versions": {"torch": torch.__version__, "tokenizers": tokenizers.__version__, "numpy": np.__version__}}
     with atomic(out / "results.json") as tmp:
         tmp.write_text(json.dumps(results, indent=1))
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     print_table(results)
+
+
+def bare(paths):
+    """Names without their folders: a results.json is made to be shown."""
+    return [bare(x) for x in paths] if isinstance(paths, list) else paths and Path(paths).name
 
 
 def print_table(results):
