@@ -273,12 +273,13 @@ class Corpus:
         return [bytes(self.text[a:b]).decode() for a, b in zip(self.starts[rows].tolist(), self.starts[rows + 1].tolist())]
 
 
+# The first value of a key is the version of what is stored, where the code that makes it may change.
 def build_corpus(files, cache, extra=(), strict=False, max_chars=250, max_lines=None):
     """The Corpus of english<TAB>translation files, read once into the cache and found there by its content afterwards.
 
     extra: files for stages 2 and 3 alone. File order does not matter. Raises: InputError if nothing is left to use."""
     files = sorted({(Path(f).name, digest(Path(f)), group, str(f)) for group, names in enumerate((files, extra)) for f in names})
-    folder = Path(cache) / f"corpus-{digest([f[:3] for f in files], max_chars, max_lines)}"
+    folder = Path(cache) / f"corpus-{digest(2, [f[:3] for f in files], max_chars, max_lines)}"
     if not folder.exists():
         reports, pair = [], np.dtype([("hash", "<u8", 2), ("size", "<u4", 2), ("line", "<u4"), ("group", "u1")])
         with atomic(folder) as tmp:
@@ -318,7 +319,7 @@ def build_corpus(files, cache, extra=(), strict=False, max_chars=250, max_lines=
 def vocabulary(corpus, size, lower_case, cache, say=print):
     """The tokenizer that train_tokenizer learns from a corpus, made once. Sentences are numbered by their hash, so the
     first two millions are a fair sample of a larger one, and time and memory stay bounded."""
-    path, n = Path(cache) / f"vocabulary-{digest(corpus.key, size, lower_case)}.json", min(len(corpus.first), 2_000_000)
+    path, n = Path(cache) / f"vocabulary-{digest(1, corpus.key, size, lower_case)}.json", min(len(corpus.first), 2_000_000)
     if not path.exists():
         say(f"vocabulary: learning {size:,} pieces from {n:,} sentences")
         tokenizer = train_tokenizer((t for i in range(0, n, 10000) for t in corpus.texts(np.arange(i, min(i + 10000, n)))), size, lower_case)

@@ -42,16 +42,17 @@ def atomic(path):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(f".{path.name}.tmp-*"):                     # left by a process killed in a save
+        host = os.uname().nodename                                              # machines may share a folder
+        for old in path.parent.glob(f".{path.name}.tmp-{host}-*"):              # left by a process killed in a save
             if not os.path.exists(f"/proc/{old.name.split('-')[-1]}"):
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        tmp = path.parent / f".{path.name}.tmp-{os.getpid()}"
+        tmp = path.parent / f".{path.name}.tmp-{host}-{os.getpid()}"
         try:
             yield tmp
             for file in ([*tmp.rglob("*")] if tmp.is_dir() else []) + [tmp]:
                 sync(file)
             if path.is_dir():
-                os.rename(path, aside := path.parent / f".{path.name}.old.tmp-{os.getpid()}")
+                os.rename(path, aside := path.parent / f".{path.name}.old.tmp-{host}-{os.getpid()}")
                 os.replace(tmp, path)
                 shutil.rmtree(aside)
             else:
@@ -555,7 +556,7 @@ def read_tokenizer(folder):
 def best_dtype(device):
     """(dtype, why): bfloat16 where the device multiplies it faster than float32."""
     if torch.device(device).type == "cuda":
-        return (torch.bfloat16, "the GPU has bfloat16 units") if torch.cuda.is_bf16_supported() else (torch.float32, "the GPU has no bfloat16 units")
+        return (torch.bfloat16, "the GPU has bfloat16 units") if torch.cuda.is_bf16_supported(including_emulation=False) else (torch.float32, "the GPU has no bfloat16 units")
     for has, name in ((torch.cpu._is_amx_tile_supported(), "AMX"), (torch.cpu._is_avx512_bf16_supported(), "AVX512-BF16")):
         if has:
             return torch.bfloat16, f"the CPU has {name}"

@@ -260,7 +260,7 @@ def bootstrap(sets, a, b, n=1000, seed=0):
     rng, sizes = np.random.default_rng(seed), sorted({len(s[2]) for s in sets.values()})
     whole = difference({m: np.arange(m) for m in sizes})
     draws = np.array([difference({m: rng.integers(0, m, m) for m in sizes}) for _ in range(n)])
-    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)                           # of tiny sets a draw may be constant
     return {name: [float(x[i]) for x in (whole, low, high)] for i, name in enumerate(("all", "mono", "cross"))}
 
 

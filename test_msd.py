@@ -1038,7 +1038,9 @@ def torchrun(args, n=2):
 
 def test_two_processes_give_the_gradients_of_one(world, finished, tmp_path):
     """Every stage, every batch of a pass, the last of which has one pair and leaves a process without any: the gradients of
-    two processes are those of one, and so are the loss terms, the contrastive one over all pairs of the batch."""
+    two processes are those of one, and so are the loss terms, the contrastive one over all pairs of the batch, and the dev
+    loss of a single batch."""
+    dev = write(tmp_path / "en-de.tsv", "".join(f"{w} red\tder {w}\n" for w in ("old", "new", "big")))
     file = script(tmp_path / "gradients.py", """
 def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
     for step in range(8):
@@ -1055,7 +1057,7 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
 train.fit = fit
 """)
     for out, launch in (("one", lambda a: a), ("two", torchrun)):
-        args = command(world, tmp_path / out, "--batch", "17", "--dropout", "0", "--dtype", "float32")
+        args = command(world, tmp_path / out, "--batch", "17", "--dropout", "0", "--dtype", "float32", "--dev", dev)
         done = run(launch([args[0], file, *args[2:]]))
         assert done.returncode == 0, done.stderr
     seen = 0

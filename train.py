@@ -118,6 +118,9 @@ def parse(argv):
         if not ok:
             raise InputError(f"--{name}: expected {expected}")
     try:
+        if torch.device(args.device).type == "cuda":            # each process of torchrun has a GPU of its own
+            args.device = f"cuda:{os.environ.get('LOCAL_RANK', torch.device(args.device).index or 0)}"
+            torch.cuda.set_device(args.device)
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise InputError(f"--device {args.device!r} is not usable here ({str(e).splitlines()[0]}); expected cpu or cuda") from None
@@ -169,6 +172,9 @@ class Run:
     def __init__(self, args, preset):
         self.args, self.p, self.out, self.stop, self.busy = args, preset, args.out, None, False
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        # The processes wait for the first one, which may take hours over targets, in a group of their own: with NCCL's
+        # short patience kept, a process that dies is noticed on a GPU, too.
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)) if self.world > 1 else None
         self.dtype, why = (getattr(torch, args.dtype), "asked for") if args.dtype else best_dtype(args.device)
         torch.set_num_threads(args.threads or torch.get_num_threads())
         # Freed blocks stay with the process: by default glibc gives the large ones back to the system and fetches them anew,
@@ -192,17 +198,17 @@ class Run:
         """The largest of each number over all processes."""
         if self.world == 1:
             return values
-        dist.all_reduce(t := torch.tensor(values, dtype=torch.int64), op=dist.ReduceOp.MAX)
+        dist.all_reduce(t := torch.tensor(values, dtype=torch.int64), op=dist.ReduceOp.MAX, group=self.group)
         return t.tolist()
 
     @contextlib.contextmanager
     def first(self):
         """The first process goes through alone and makes what the others then find."""
         if self.rank:
-            dist.barrier()
+            dist.barrier(self.group)
         yield
         if self.world > 1 and self.rank == 0:
-            dist.barrier()
+            dist.barrier(self.group)
 
     def save(self, model, folder):
         with self.first():
@@ -355,8 +361,9 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
         stop, due = run.agree(run.stop or 0, time.monotonic() - saved > args.save_seconds and step + 1 < steps)
         if stop or due:
             check()
-            if run.rank == 0:
-                save(step + 1)
+            with run.first():                                   # nobody leaves, or torchrun ends, before the save has
+                if run.rank == 0:
+                    save(step + 1)
             saved = time.monotonic()
         run.busy = False
         if stop:                                                # a signal that comes during a save is seen one step later
@@ -439,9 +446,9 @@ def pair_batches(run, stage, model, corpus, rows, source, name, epochs=None):
     def loss():
         model.eval()
         with torch.inference_mode():
-            total = torch.tensor([sum(len(b) * float(sum(terms(b).values())) for b in first[run.rank::run.world])])
+            total = torch.tensor([sum(len(b) * float(sum(terms(b).values())) for b in first[run.rank::run.world])], dtype=torch.float64)
         if run.world > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=run.group)
         model.train()
         return float(total) / len(rows)
 
@@ -451,6 +458,7 @@ def pair_batches(run, stage, model, corpus, rows, source, name, epochs=None):
 def share(run, model):
     """What a stage calls in training: the model, compiled if asked for, its gradients averaged over the processes."""
     if run.args.compile:
+        torch.compiler.reset()                                  # a stage's model is new; the last one's code counts against a limit
         model.compile(dynamic=True)
     return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if run.world > 1 else model
 
@@ -521,7 +529,7 @@ def demo_teacher(run, folder):
         rows = np.random.default_rng([run.args.seed, step]).choice(n, batch, replace=False)
         x, y = (model(*(put(z, run.args.device) for z in pad(flat, starts, rows + k, config.pad_token_id))) for k in (0, n))
         cos = torch.nn.functional.cosine_similarity(x, y)
-        return {"score": msd.mse(cos, gold[rows])}, int((np.diff(starts)[rows] + np.diff(starts)[rows + n]).sum()), rows
+        return {"score": msd.mse(cos, gold[put(rows, run.args.device)])}, int((np.diff(starts)[rows] + np.diff(starts)[rows + n]).sum()), rows
     run.save(fit(run, "teacher", model, msd.DEMO_TEACHER_STEPS, 2e-3, terms_at), folder)
 
 
@@ -598,9 +606,11 @@ def report(run, corpus):
     """What was read and what was dropped, with totals that add up."""
     lines, kept, long, blank = (sum(r[k] for r in corpus.report) for k in ("lines", "kept", "long", "blank"))
     bad = sum(sum(r["bad"].values()) for r in corpus.report)
-    twice = len(corpus.pairs) - len(np.unique(corpus.pairs[:, 0] * np.uint64(2 ** 32) + corpus.pairs[:, 1]))
+    twice = len(corpus.pairs) - len(np.unique(corpus.pairs[:, 0].astype(np.uint64) * np.uint64(2 ** 32) + corpus.pairs[:, 1]))
     run.say(f"data: {len(corpus.report)} files, {lines:,} lines = {kept:,} pairs + {long:,} too long + {blank:,} blank + {bad:,} malformed; "
             f"{len(corpus.first):,} distinct sentences, {twice / kept:.1%} of the pairs are repeated")
+    if cut := sum(r["lines"] >= max(run.p.max_lines) for r in corpus.report):
+        run.say(f"  {cut} files reach --max-lines {max(run.p.max_lines):,}; lines beyond it are not read")
     for example in [e for r in corpus.report for e in r["examples"]][:3]:
         run.say(f"  dropped {example}")
     run.log(data=corpus.report, distinct=len(corpus.first), repeated=twice)
@@ -742,14 +752,10 @@ def take(folder):
 
 
 def join(args):
-    """Meet the other processes, where torchrun started several, and take the GPU of this one."""
+    """Meet the other processes, where torchrun started several."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    if torch.device(args.device).type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    # What only the first process does, targets above all, may take it hours.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo", timeout=datetime.timedelta(days=1))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
 
 
 def execute(args, preset):
@@ -812,6 +818,8 @@ def check(update):
 
 def main(argv=None):
     args, preset = parse(sys.argv[1:] if argv is None else argv)
+    if (args.check or args.check_update) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("--check is for one process; start it without torchrun")
     try:
         check(args.check_update) if args.check or args.check_update else execute(args, preset)
     except Stop as e:
@@ -819,7 +827,7 @@ def main(argv=None):
             print(e, file=sys.stderr)
         sys.exit(e.code)
     except RuntimeError as e:
-        if not dist.is_initialized() or not isinstance(e, dist.DistError) and "peer" not in str(e):
+        if not dist.is_initialized() or not isinstance(e, dist.DistError) and not any(x in str(e) for x in ("gloo", "peer", "Broken pipe", "Timed out")):
             raise
         print(f"error: process {dist.get_rank()} lost the others: one of them has ended, and says why above unless it was killed. "
               "The same command continues from the last checkpoint", file=sys.stderr)
