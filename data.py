@@ -106,7 +106,8 @@ def write_demo(folder, sentences=20000, dev=500, scored=400, teacher=24000):
         while True:
             person = rng.random() < 0.6
             verb = rng.choice(takes[person])
-            m = Meaning(rng.choice(["one", "two"]), rng.choice(nouns), rng.choice(traits), verb, rng.choice(nouns if person else [o for o in verbs[verb] if o != "*"]),
+            m = Meaning(rng.choice(["one", "two"]), rng.choice(nouns), rng.choice(traits), verb,
+                        rng.choice(nouns if person else [o for o in verbs[verb] if o != "*"]),
                         rng.choice(traits) if person else "-", rng.choice([*en["place"]]))
             if exchange and rng.random() < 0.5:
                 m = like._replace(number=m.number, place=m.place, adjective=like.trait, trait=like.adjective)
@@ -135,7 +136,8 @@ def write_demo(folder, sentences=20000, dev=500, scored=400, teacher=24000):
             for x in LANGUAGES:
                 text = "".join(f"{s}\t{say(x, words[x], m, *how)}\n" for s, (m, how) in chosen.items())
                 (tmp / split / f"en-{x}.tsv").write_text(text, "utf-8")
-        for name, split, n, which in (("sts-train", "train", teacher, ["en-en"]), ("sts-dev", "dev", scored, STS_PAIRS), ("sts", "test", scored, STS_PAIRS)):
+        for name, split, n, which in (("sts-train", "train", teacher, ["en-en"]), ("sts-dev", "dev", scored, STS_PAIRS),
+                                      ("sts", "test", scored, STS_PAIRS)):
             (tmp / name).mkdir()
             for pair in which:
                 a, b = pair.split("-")
@@ -207,7 +209,8 @@ def read_pairs(path, report, strict=False, max_chars=250, max_lines=None):
             yield number, *sides
     bad = sum(report["bad"].values())
     if bad > 0.01 * report["lines"]:
-        raise InputError(f"{path}: {bad} of {report['lines']} lines are bad, more than 1 %: {dict(report['bad'])}. First: {'; '.join(report['examples'])}")
+        raise InputError(f"{path}: {bad} of {report['lines']} lines are bad, more than 1 %: {dict(report['bad'])}. "
+                         f"First: {'; '.join(report['examples'])}")
 
 
 def read_sts(folder):
@@ -254,7 +257,8 @@ def open_array(path):
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        raise InputError(f"{path}: damaged cache entry ({e}); delete {path.parent if path.parent.name.startswith(('corpus-', 'tokens-')) else path} and run again") from None
+        entry = path.parent if path.parent.name.startswith(("corpus-", "tokens-")) else path
+        raise InputError(f"{path}: damaged cache entry ({e}); delete {entry} and run again") from None
 
 
 class Corpus:
@@ -265,7 +269,8 @@ class Corpus:
     text; report: a dict a file."""
     def __init__(self, folder):
         self.folder, self.key = Path(folder), Path(folder).name
-        self.text, self.starts, self.pairs, self.group, self.line, self.first = (open_array(self.folder / f"{n}.npy") for n in ("text", "starts", "pairs", "group", "line", "first"))
+        self.text, self.starts, self.pairs, self.group, self.line, self.first = (
+            open_array(self.folder / f"{n}.npy") for n in ("text", "starts", "pairs", "group", "line", "first"))
         self.report = read_json(self.folder / "report.json")["files"]
 
     def texts(self, ids):
@@ -290,10 +295,12 @@ def build_corpus(files, cache, extra=(), strict=False, max_chars=250, max_lines=
                     for number, *sides in read_pairs(path, report, strict, max_chars, max_lines):
                         s, t = (x.encode() for x in sides)
                         raw.write(s + t)
-                        out.write(b"".join(hashlib.blake2b(x, digest_size=8).digest() for x in (s, t)) + struct.pack("<3IB", len(s), len(t), number, g))
+                        out.write(b"".join(hashlib.blake2b(x, digest_size=8).digest() for x in (s, t)))
+                        out.write(struct.pack("<3IB", len(s), len(t), number, g))
                 n = out.tell() // pair.itemsize
             if not n:
-                raise InputError(f"{', '.join(f[3] for f in files) or 'no files'}: no usable sentence pairs; expected english<TAB>translation lines of at most {max_chars} characters a side")
+                raise InputError(f"{', '.join(f[3] for f in files) or 'no files'}: no usable sentence pairs; "
+                                 f"expected english<TAB>translation lines of at most {max_chars} characters a side")
             np.save(tmp / "text.npy", np.memmap(tmp / "raw", np.uint8, "r"))
             read = np.memmap(tmp / "pairs", pair, "r")
             np.save(tmp / "starts.npy", np.concatenate([[0], np.cumsum(read["size"].reshape(-1), dtype=np.int64)]))
@@ -353,7 +360,8 @@ def vectors(corpus, ids, encoder, fingerprint, cache, layers=True, scale=1.0, un
     """An encoder's vectors (len(ids), H) of the sentences numbered `ids`, a memory-mapped float16 file made once.
 
     fingerprint: names the encoder's weights. unit: on the sphere; scale: multiplies them. progress: called with (done, all)."""
-    path = Path(cache) / f"vectors-{digest(corpus.key, ids.tobytes(), fingerprint, str(encoder.dtype), encoder.config.max_seq_length, layers, scale, unit)}.npy"
+    key = digest(corpus.key, ids.tobytes(), fingerprint, str(encoder.dtype), encoder.config.max_seq_length, layers, scale, unit)
+    path = Path(cache) / f"vectors-{key}.npy"
     if not path.exists():
         with atomic(path) as tmp:
             out = np.lib.format.open_memmap(tmp, "w+", np.float16, (len(ids), encoder.config.hidden_size))
@@ -405,7 +413,8 @@ def train_tokenizer(texts, size, lower_case, max_chars=10 ** 6):
     for text in texts:
         words.update(w for w, _ in split.pre_tokenize_str(normalizer.normalize_str(text[:max_chars])))
     words = sorted(words.items())
-    bpe.train_from_iterator((w.replace("▁", " ") for w, n in words for _ in range(min(n, 1000))), trainers.BpeTrainer(vocab_size=size - len(SPECIAL), show_progress=False))
+    bpe.train_from_iterator((w.replace("▁", " ") for w, n in words for _ in range(min(n, 1000))),
+                            trainers.BpeTrainer(vocab_size=size - len(SPECIAL), show_progress=False))
     pieces = sorted(set(bpe.get_vocab()) - set(SPECIAL))
     scores = {p: -math.log(len(pieces)) - 0.1 * (p == "▁") for p in pieces}
     for count in (True, True, False):

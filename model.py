@@ -122,7 +122,8 @@ def read_safetensors(path, to=None, copy=False):
 
     tensors, spans = {}, []
     for name, entry in header.items():
-        check(name.isprintable() and isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}, f"{name!r} needs exactly dtype, shape and data_offsets")
+        check(name.isprintable() and isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"},
+              f"{name!r} needs exactly dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         check(isinstance(dtype, str) and dtype in DTYPES, f"{name!r} has dtype {dtype!r}, known are {', '.join(DTYPES)}")
         check(isinstance(shape, list) and all(map(_count, shape)), f"{name!r} has shape {shape!r}")
@@ -267,8 +268,10 @@ def _modules(root):
         raise InputError(f"{root / 'modules.json'}: modules {names}, expected Transformer, Pooling and perhaps Normalize, in this order")
     file = kinds[1][1] / "config.json"
     raw = read_json(file)
-    flags = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len"}
-    modes = [raw["pooling_mode"]] if "pooling_mode" in raw else [flags.get(k, k) for k, v in raw.items() if k.startswith("pooling_mode_") and v is not False]
+    flags = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
+             "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len"}
+    modes = [flags.get(k, k) for k, v in raw.items() if k.startswith("pooling_mode_") and v is not False]
+    modes = [raw["pooling_mode"]] if "pooling_mode" in raw else modes
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise InputError(f"{file}: pooling {modes}, expected exactly one of {', '.join(POOLINGS)}")
     return kinds[0][1], modes[0], len(names) == 3
@@ -282,7 +285,8 @@ def _text_settings(root, folder, raw, config):
     limit = config.max_position_embeddings - config.first_position
     tokens, lower = (default if settings.get(k) is None else settings[k] for k, default in (("max_seq_length", limit), ("do_lower_case", False)))
     if not _count(tokens) or min(tokens, limit) < 3 or not isinstance(lower, bool):
-        raise InputError(f"{file}: max_seq_length {tokens!r} ({limit} positions), do_lower_case {lower!r}; expected whole numbers over 2, and true or false")
+        raise InputError(f"{file}: max_seq_length {tokens!r} ({limit} positions), do_lower_case {lower!r}; "
+                         "expected whole numbers over 2, and true or false")
     return {"max_seq_length": min(tokens, limit), "do_lower_case": lower}
 
 
@@ -387,7 +391,9 @@ class Encoder(nn.Module):
     def hidden(self, ids, mask, layers=True):
         """ids, mask (N, T) -> (N, T, H). layers=False stops after the embedding block (stage 2)."""
         x = self.embeddings(ids, self.dtype)
-        bias = None if mask.device.type == "cpu" and mask.all() else torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)[:, None, None]
+        bias = None                                            # asking a GPU whether there is padding would wait for it
+        if mask.device.type != "cpu" or not mask.all():
+            bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)[:, None, None]   # (N, 1, 1, T)
         for _ in range(self.config.recurrence if layers else 0):
             for layer in self.layers:                          # cycle order 1..K, 1..K, ...
                 x = layer(x, bias)
@@ -434,7 +440,8 @@ class Encoder(nn.Module):
     def save(self, folder):
         """Write a self-describing model directory, atomically: config.json, tokenizer.json, model.safetensors (float32).
         Names are Hugging Face's, so a model without bottleneck and recurrence opens there as well."""
-        c = {**{k: v for k, v in vars(self.config).items() if k != "dropout"}, "position_embedding_type": "absolute", "hidden_dropout_prob": self.config.dropout, "attention_probs_dropout_prob": self.config.dropout}
+        c = {**vars(self.config), "position_embedding_type": "absolute"}
+        c["hidden_dropout_prob"] = c["attention_probs_dropout_prob"] = c.pop("dropout")
         with atomic(folder) as tmp:
             tmp.mkdir()
             (tmp / "config.json").write_text(json.dumps(c, indent=1, sort_keys=True) + "\n", "utf-8")
@@ -516,12 +523,14 @@ def read_weights(folder, to=None, copy=False):
                          f"AutoModel.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})" if old else ""))
     out = {}
     for name, t in tensors.items():
-        short = name.removeprefix("bert.").removeprefix("roberta.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        short = name.removeprefix("bert.").removeprefix("roberta.")
+        short = short.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if short.startswith("pooler.") or short.endswith("position_ids"):
             continue
-        if short in out or not t.is_floating_point() or not torch.isfinite(t.sum()):
-            raise InputError(f"{folder}: weight {name} " + ("is there twice" if short in out else f"has dtype {t.dtype}, expected a floating one" if not t.is_floating_point()
-                             else "holds values that are not finite; the model is broken, use another checkpoint"))
+        for fault, what in ((short in out, "is there twice"), (not t.is_floating_point(), f"has dtype {t.dtype}, expected a floating one"),
+                            (not torch.isfinite(t.sum()), "holds values that are not finite; the model is broken, use another checkpoint")):
+            if fault:
+                raise InputError(f"{folder}: weight {name} {what}")
         out[short] = t
     return from_hf(out)
 
@@ -542,7 +551,8 @@ def read_tokenizer(folder):
     names = [n.get("content") if isinstance(n, dict) else n for n in names] + ["<pad>", "[PAD]"]
     pad_id = next((i for n in names if isinstance(n, str) and (i := tokenizer.token_to_id(n)) is not None), None)
     if pad_id is None:
-        raise InputError(f"{file}: no pad token (looked for {', '.join(repr(n) for n in dict.fromkeys(names) if n)}); batches cannot be formed without one")
+        raise InputError(f"{file}: no pad token (looked for {', '.join(repr(n) for n in dict.fromkeys(names) if n)}); "
+                         "batches cannot be formed without one")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     ends = tokenizer.encode("").ids
@@ -556,7 +566,8 @@ def read_tokenizer(folder):
 def best_dtype(device):
     """(dtype, why): bfloat16 where the device multiplies it faster than float32."""
     if torch.device(device).type == "cuda":
-        return (torch.bfloat16, "the GPU has bfloat16 units") if torch.cuda.is_bf16_supported(including_emulation=False) else (torch.float32, "the GPU has no bfloat16 units")
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16, "the GPU has bfloat16 units") if has else (torch.float32, "the GPU has no bfloat16 units")
     for has, name in ((torch.cpu._is_amx_tile_supported(), "AMX"), (torch.cpu._is_avx512_bf16_supported(), "AVX512-BF16")):
         if has:
             return torch.bfloat16, f"the CPU has {name}"
@@ -581,17 +592,20 @@ def load(folder, dtype=None, device=None, train=False):
     state = read_weights(body, torch.float32 if train else kind, copy=train)
     table = state.get("embeddings.word.weight")
     if table is None or table.dim() != 2:
-        raise InputError(f"{body / 'model.safetensors'}: no 2-dimensional embeddings.word_embeddings.weight in it; not an encoder of a supported family")
+        raise InputError(f"{body / 'model.safetensors'}: no 2-dimensional embeddings.word_embeddings.weight in it; "
+                         "not an encoder of a supported family")
     layers = len({k.split(".")[1] for k in state if k.startswith("layers.")})
     config = read_config(root, pad_id, table.shape, layers)
     if (largest := max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)) >= config.vocab_size:
-        raise InputError(f"{body / 'tokenizer.json'}: token ids up to {largest}, but the word table has {config.vocab_size} rows; they are not of one model")
+        raise InputError(f"{body / 'tokenizer.json'}: token ids up to {largest}, "
+                         f"but the word table has {config.vocab_size} rows; they are not of one model")
     with torch.device("meta"):                                   # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, kind)
     want = {k: v.shape for k, v in model.state_dict().items()}
     faults = [f"missing {k}" for k in want if k not in state] + [f"unexpected {k}" for k in state if k not in want] + [
         f"{k} has shape {tuple(state[k].shape)}, expected {tuple(s)}" for k, s in want.items() if k in state and state[k].shape != s]
     if faults:
-        raise InputError(f"{body}: the weights do not fit config.json: {'; '.join(faults[:12])}" + (f"; and {len(faults) - 12} more" if len(faults) > 12 else ""))
+        raise InputError(f"{body}: the weights do not fit config.json: {'; '.join(faults[:12])}" +
+                         (f"; and {len(faults) - 12} more" if len(faults) > 12 else ""))
     model.load_state_dict(state, assign=True)
     return model.to(device).requires_grad_(train).train(train)

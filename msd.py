@@ -6,6 +6,7 @@ losses, stages, presets, the models of each stage, evaluation, and what one does
     python msd.py plot curve.svg results.json ...
 """
 import argparse
+import math
 import sys
 from dataclasses import MISSING, dataclass, field, replace
 
@@ -70,28 +71,36 @@ def stage_loss(stage, model, s, t, y_s, y_t=None, contrast=True, gather=None):
 
 
 # -------------------------------------------------------------------------------------------------------------- presets
-def flag(help, default=MISSING):
-    return field(default=default, metadata={"help": help})
+def flag(help, default=MISSING, ok=lambda v: 0 < v < math.inf, expected="a positive number"):
+    """A field of Preset with its help, and what its value, or each of four, must be."""
+    return field(default=default, metadata={"help": help, "ok": ok, "expected": expected})
 
 
 @dataclass(frozen=True)
 class Preset:
     """Everything a run needs to know. Every field is a flag of train.py; tuples hold stages 1 to 4."""
-    bottleneck: int = flag("B, width of the student's word table; half the bytes of 256 at 128; 0 keeps the full table and skips stage 2")
-    layers: int = flag("K, unique layers, the assistant's first; fewer is smaller, not faster: speed follows K x R")
-    recurrence: int = flag("R, times the K layers are applied; the paper keeps K x R at the assistant's depth")
-    lr: tuple = flag("peak learning rate, one for all stages or four with commas; small models on small data take 1e-3 and more", (16e-5, 16e-5, 16e-5, 16e-5))
+    bottleneck: int = flag("B, width of the student's word table; half the bytes of 256 at 128; 0 keeps the full table and skips stage 2",
+                           ok=lambda v: v >= 0, expected="0 or more")
+    layers: int = flag("K, unique layers, the assistant's first; fewer is smaller, not faster: speed follows K x R",
+                       ok=lambda v: v >= 1, expected="1 or more")
+    recurrence: int = flag("R, times the K layers are applied; the paper keeps K x R at the assistant's depth",
+                           ok=lambda v: 1 <= v < 1000, expected="1 or more")
+    lr: tuple = flag("peak learning rate, one for all stages or four with commas; small models on small data take 1e-3 and more",
+                     (16e-5, 16e-5, 16e-5, 16e-5))
     batch: tuple = flag("pairs a step, one or four with commas; in stage 4 each pair is contrasted with the rest of its batch", (64, 128, 64, 64))
-    epochs: tuple = flag("passes over the pairs, one or four with commas; fractions are fine, 0.1 is a quick look", (20, 10, 10, 60))
-    init: str = flag("start of the bottleneck: svd of the assistant's table, or paper (noise)", "svd")
-    targets: str = flag("the teacher's vectors: raw (before Normalize), unit, or scaled (unit times the root of the width)", "raw")
-    dropout: float = flag("0 suits one or a few passes; 0.1 for the paper's long schedule", 0.1)
-    max_tokens: int = flag("longer sentences are truncated; lower it where memory is short", 128)
+    epochs: tuple = flag("passes over the pairs, one or four with commas; fractions are fine, 0.1 is a quick look", (20, 10, 10, 60),
+                         lambda v: 0 < v < 1e6)
+    init: str = flag("start of the bottleneck: svd of the assistant's table, or paper (noise)", "svd", ("svd", "paper").__contains__, "svd or paper")
+    targets: str = flag("the teacher's vectors: raw (before Normalize), unit, or scaled (unit times the root of the width)", "raw",
+                        ("raw", "unit", "scaled").__contains__, "raw, unit or scaled")
+    dropout: float = flag("0 suits one or a few passes; 0.1 for the paper's long schedule", 0.1, lambda v: 0 <= v < 1, "0 up to 1")
+    max_tokens: int = flag("longer sentences are truncated; lower it where memory is short", 128, lambda v: v >= 3, "3 or more")
     max_chars: int = flag("pairs with a longer side are dropped, as in the paper", 250)
     max_lines: tuple = flag("read at most so many lines of each file, one or four with commas", (500_000, 300_000, 300_000, 500_000))
-    vocab: int = flag("pieces of the multilingual vocabulary, where it is trained here; about 4000 a language is a fair start", 32_000)
-    warmup: float = flag("share of a stage's steps over which the learning rate rises", 0.1)
-    weight_decay: float = flag("AdamW's, not on biases and LayerNorm", 0.01)
+    vocab: int = flag("pieces of the multilingual vocabulary, where it is trained here; about 4000 a language is a fair start", 32_000,
+                      lambda v: v >= 100, "100 or more")
+    warmup: float = flag("share of a stage's steps over which the learning rate rises", 0.1, lambda v: 0 <= v < 1, "0 up to 1")
+    weight_decay: float = flag("AdamW's, not on biases and LayerNorm", 0.01, lambda v: 0 <= v < math.inf, "0 or more")
     clip: float = flag("largest gradient norm; a log full of much larger norms asks for a lower learning rate", 1.0)
 
 
@@ -142,8 +151,8 @@ def make_assistant(teacher, tokenizer, pad_id):
     table[pad_id] = 0
     # BERT counts positions from 0: a RoBERTa teacher's rows move down to where they will be read.
     first = teacher.config.first_position
-    config = replace(teacher.config, vocab_size=len(ids), pad_token_id=pad_id, model_type="bert", normalize=False, do_lower_case=False,
-                     max_position_embeddings=teacher.config.max_position_embeddings - first)
+    config = replace(teacher.config, vocab_size=len(ids), pad_token_id=pad_id, model_type="bert", normalize=False,
+                     do_lower_case=False, max_position_embeddings=teacher.config.max_position_embeddings - first)
     model = Encoder(config, tokenizer, teacher.dtype)
     state = {k: v.float().clone() for k, v in teacher.state_dict().items()}
     state["embeddings.word.weight"], state["embeddings.position.weight"] = table, state["embeddings.position.weight"][first:]
@@ -155,7 +164,8 @@ def check_sizes(c, B, K, R):
     """Raises: InputError where an assistant of Config c cannot give a student of these sizes."""
     for ok, what in ((1 <= K <= c.num_hidden_layers, f"--layers {K}: expected 1 to {c.num_hidden_layers}, the assistant's"),
                      (0 <= B < c.hidden_size, f"--bottleneck {B}: expected less than {c.hidden_size}, the assistant's hidden size, or 0 for none"),
-                     (R >= 1, f"--recurrence {R}: expected 1 or more"), (c.bottleneck_size == 0, "the assistant has a bottleneck itself; give the full-size model")):
+                     (R >= 1, f"--recurrence {R}: expected 1 or more"),
+                     (c.bottleneck_size == 0, "the assistant has a bottleneck itself; give the full-size model")):
         if not ok:
             raise InputError(what)
 
@@ -288,8 +298,8 @@ def look(vectors):
     v = np.asarray(vectors, np.float32)
     u, n = unit(v), len(v)
     total = u.sum(0)
-    return {"n": n, "width": v.shape[1], "norm": float(np.linalg.norm(v, axis=1).mean()), "cosine": float((total @ total - n) / (n * (n - 1))) if n > 1 else float("nan"),
-            "constant_mse": float(v.var(0).mean())}
+    cosine = float((total @ total - n) / (n * (n - 1))) if n > 1 else float("nan")
+    return {"n": n, "width": v.shape[1], "norm": float(np.linalg.norm(v, axis=1).mean()), "cosine": cosine, "constant_mse": float(v.var(0).mean())}
 
 
 def plot(out, files):
@@ -369,7 +379,8 @@ def main(argv=None):
     else:
         c = model.config
         print(f"{args.dir}: {c.model_type}, hidden {c.hidden_size}, {c.num_hidden_layers} layers x {c.recurrence}, "
-              f"bottleneck {c.bottleneck_size or 'none'}, vocabulary {c.vocab_size}, {c.pooling} pooling{', unit vectors' if c.normalize else ''}, at most {c.max_seq_length} tokens")
+              f"bottleneck {c.bottleneck_size or 'none'}, vocabulary {c.vocab_size}, {c.pooling} pooling"
+              f"{', unit vectors' if c.normalize else ''}, at most {c.max_seq_length} tokens")
         for part, n in ledger(c).items():
             print(f"{part:10}{n:14,} parameters{n * 4 / 2**20:10.1f} MB float32{n * 2 / 2**20:10.1f} MB bfloat16")
 

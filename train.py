@@ -50,12 +50,15 @@ def parser():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     ap.add_argument("--preset", help=f"sizes and schedule: {', '.join(PRESETS)}; demo without --train, minilm with it")
     ap.add_argument("--teacher", metavar="DIR", help="English sentence encoder: a sentence-transformers or Hugging Face directory")
-    ap.add_argument("--assistant", metavar="DIR", help="multilingual encoder of the teacher's width; without it one is made of the teacher's body and a new vocabulary")
+    ap.add_argument("--assistant", metavar="DIR", help="multilingual encoder of the teacher's width; "
+                    "without it one is made of the teacher's body and a new vocabulary")
     ap.add_argument("--train", nargs="+", metavar="GLOB", help="english<TAB>translation files, plain or .gz; quote the pattern or not")
     ap.add_argument("--extra", nargs="+", metavar="GLOB", default=[], help="more such files for stages 2 and 3 alone, as the paper does")
-    ap.add_argument("--dev", nargs="+", metavar="GLOB", default=[], help="held-out pairs, en-XX.tsv: they pick the checkpoint of each stage and give the accuracy")
+    ap.add_argument("--dev", nargs="+", metavar="GLOB", default=[],
+                    help="held-out pairs, en-XX.tsv: they pick the checkpoint of each stage and give the accuracy")
     ap.add_argument("--sts", metavar="DIR", help="similarity sets *.A-B.txt for the table, read once at the end; use a dev set while you try things")
-    ap.add_argument("--languages", default=",".join(data.LANGUAGES), help="of the built-in corpus, with commas; your own data's are in its file names")
+    ap.add_argument("--languages", default=",".join(data.LANGUAGES),
+                    help="of the built-in corpus, with commas; your own data's are in its file names")
     ap.add_argument("--stages", default="1-4", help="such as 1-4, 2-4 (takes --assistant as it is), 1,4 or 1")
     ap.add_argument("--no-contrast", action="store_true", help="stage 4 without its contrastive term")
     ap.add_argument("--out", default=None, metavar="DIR", help="the run's folder (runs/PRESET); the same command continues what is there")
@@ -94,26 +97,22 @@ def parse(argv):
         text, old = getattr(args, f.name), getattr(PRESETS[args.preset], f.name)
         if text is None:
             continue
-        kind = type(old[0]) if isinstance(old, tuple) else type(old)
-        kind = float if f.name in ("epochs", "lr") else kind
+        four, given = isinstance(old, tuple), f"--{f.name.replace('_', '-')} {text}"
+        kind = float if f.name in ("epochs", "lr") else type(old[0] if four else old)
         try:
             values = tuple(kind(v) for v in text.split(","))
         except ValueError:
-            raise InputError(f"--{f.name.replace('_', '-')} {text!r}: expected {kind.__name__} values") from None
-        if len(values) != 1 and (not isinstance(old, tuple) or len(values) != 4):
-            raise InputError(f"--{f.name.replace('_', '-')} {text!r}: expected one value" + (" or four, for stages 1 to 4" if isinstance(old, tuple) else ""))
-        changes[f.name] = (values * 4)[:4] if isinstance(old, tuple) else values[0]
+            raise InputError(f"{given}: expected {kind.__name__} values") from None
+        if len(values) not in ((1, 4) if four else (1,)):
+            raise InputError(f"{given}: expected one value" + four * " or four, for stages 1 to 4")
+        if not all(map(f.metadata["ok"], values)):
+            raise InputError(f"{given}: expected {f.metadata['expected']}")
+        changes[f.name] = (values * 4)[:4] if four else values[0]
     p = dataclasses.replace(PRESETS[args.preset], **changes)
     if p.bottleneck == 0 and args.lr is None:                   # the paper lowers stage 3's rate for the bottleneck alone
         p = dataclasses.replace(p, lr=(p.lr[0], p.lr[1], p.lr[0], p.lr[3]))
-    for name, ok, expected in (("epochs", 0 < min(p.epochs) and max(p.epochs) < 1e6, "positive numbers"), ("max_lines", min(p.max_lines) > 0, "positive numbers"), ("max_chars", p.max_chars > 0, "a positive number"), ("batch", min(p.batch) > 0, "positive numbers"), ("lr", 0 < min(p.lr) and max(p.lr) < math.inf, "positive, finite numbers"),
-                               ("dropout", 0 <= p.dropout < 1, "0 up to 1"), ("warmup", 0 <= p.warmup < 1, "0 up to 1"), ("clip", p.clip > 0, "a positive number"),
-                               ("weight_decay", 0 <= p.weight_decay < math.inf, "0 or more"),
-                               ("layers", p.layers >= 1, "1 or more"), ("recurrence", 1 <= p.recurrence < 1000, "1 or more"), ("bottleneck", p.bottleneck >= 0, "0 or more"), ("init", p.init in ("svd", "paper"), "svd or paper"), ("targets", p.targets in ("raw", "unit", "scaled"), "raw, unit or scaled"),
-                               ("max_tokens", p.max_tokens >= 3, "3 or more"), ("vocab", p.vocab >= 100, "100 or more")):
-        if not ok:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(p, name)!r}: expected {expected}")
-    for name, ok, expected in (("seed", 0 <= args.seed < 2 ** 31, "0 or more"), ("threads", args.threads is None or 1 <= args.threads <= 1024, "1 or more"),
+    for name, ok, expected in (("seed", 0 <= args.seed < 2 ** 31, "0 or more"),
+                               ("threads", args.threads is None or 1 <= args.threads <= 1024, "1 or more"),
                                ("evals", args.evals >= 1, "1 or more"), ("save-seconds", args.save_seconds >= 0, "0 or more")):
         if not ok:
             raise InputError(f"--{name}: expected {expected}")
@@ -254,10 +253,13 @@ def rate_at(step, steps, warmup):
 
 def make_optimizer(model, p, lr):
     """AdamW as the paper sets it; no decay on biases and LayerNorm. With bias correction, which the authors leave out."""
-    named = list(model.named_parameters())
-    plain = [k.endswith("bias") or "norm" in k for k, _ in named]
-    groups = [{"params": [q for (_, q), flat in zip(named, plain) if flat == which], "weight_decay": decay} for which, decay in ((False, p.weight_decay), (True, 0.0))]
+    def of(plain):
+        return [q for k, q in model.named_parameters() if (k.endswith("bias") or "norm" in k) == plain]
+    groups = [{"params": of(False), "weight_decay": p.weight_decay}, {"params": of(True), "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, eps=1e-6, fused=True)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")                             # what AdamW keeps of each weight
 
 
 def clip_and_step(model, optimizer, clip, table=None):
@@ -295,8 +297,8 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
     start, best, best_loss, seconds = 0, None, float("inf"), 0.0
     if file.exists():
         state, meta = read_safetensors(file)
-        want = {f"model.{k}": q.shape for k, q in named.items()}
-        if meta.get("stage") == name and (any(k not in state or state[k].shape != shape for k, shape in want.items()) or not meta.get("step", "").isdigit() or int(meta["step"]) > steps):
+        fits = all(f"model.{k}" in state and state[f"model.{k}"].shape == q.shape for k, q in named.items())
+        if meta.get("stage") == name and not (fits and meta.get("step", "").isdigit() and int(meta["step"]) <= steps):
             raise InputError(f"{file}: a damaged checkpoint; delete it to begin {name} again")
         if meta.get("stage") == name:
             start, best_loss, seconds = int(meta["step"]), float(meta["best"]), float(meta["seconds"])
@@ -304,7 +306,8 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
                 for k, q in named.items():
                     q.copy_(state[f"model.{k}"])
                     if f"exp_avg.{k}" in state:                  # stage 2 never moves the layers
-                        optimizer.state[q] = {"step": torch.tensor(float(start), device=q.device), **{m: state[f"{m}.{k}"].clone().to(q.device) for m in ("exp_avg", "exp_avg_sq")}}
+                        optimizer.state[q] = {m: state[f"{m}.{k}"].clone().to(q.device) for m in MOMENTS}
+                        optimizer.state[q]["step"] = torch.tensor(float(start), device=q.device)
             best = {k[5:]: v.clone() for k, v in state.items() if k.startswith("best.")} or None
             run.say(f"{name}: continues at step {start} of {steps}")
         del state
@@ -312,9 +315,10 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
 
     def save(step):
         state = {f"model.{k}": q for k, q in named.items()}
-        state.update({f"{m}.{k}": optimizer.state[q][m] for k, q in named.items() for m in ("exp_avg", "exp_avg_sq") if q in optimizer.state and m in optimizer.state[q]})
+        state.update({f"{m}.{k}": optimizer.state[q][m] for k, q in named.items() for m in MOMENTS if m in optimizer.state.get(q, ())})
         state.update({f"best.{k}": v for k, v in (best or {}).items()})
-        write_safetensors(file, state, {"stage": name, "step": str(step), "best": repr(best_loss), "seconds": repr(seconds + time.monotonic() - begun)})
+        write_safetensors(file, state, {"stage": name, "step": str(step), "best": repr(best_loss),
+                                        "seconds": repr(seconds + time.monotonic() - begun)})
 
     def check():
         if (bad := int(broken)) >= 0:
@@ -345,11 +349,13 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
             now = time.monotonic()                              # after check(), which has waited for the GPU
             speed = counted / max(now - last, 1e-9)
             numbers = {k: float(v.detach()) for k, v in terms.items()}
-            run.log(stage=name, step=step, loss=float(loss.detach()), **numbers, lr=group["lr"], norm=float(norm), tokens_per_s=round(speed), share=round(6 * used * speed / run.rate, 3))
+            run.log(stage=name, step=step, loss=float(loss.detach()), **numbers, lr=group["lr"], norm=float(norm),
+                    tokens_per_s=round(speed), share=round(6 * used * speed / run.rate, 3))
             if now - shown > 5 or step + 1 == steps:
                 left = (now - begun) / (step + 1 - start) * (steps - step - 1)
                 run.say(f"{name}  step {step + 1}/{steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()) +
-                        f"  |g| {float(norm):.2f}  {speed:,.0f} tokens/s ({600 * used * speed / run.rate:.0f} % of the matrix rate)  {left // 60:.0f}:{left % 60:02.0f} left")
+                        f"  |g| {float(norm):.2f}  {speed:,.0f} tokens/s "
+                        f"({600 * used * speed / run.rate:.0f} % of the matrix rate)  {left // 60:.0f}:{left % 60:02.0f} left")
                 shown = now
             counted, last = 0, now
         if step + 1 in evals and dev_loss:
@@ -420,7 +426,9 @@ def pair_batches(run, stage, model, corpus, rows, source, name, epochs=None):
     ids = np.unique(seen if s.own else seen[:, 0])
     # Raw targets, as in the paper. Unit vectors have a variance of 1/H a dimension, so their MSE drowns beside the
     # contrastive term: 10 points lost on the demo. Scaled to variance 1 they end near raw. Figures in the README.
-    form = {"unit": run.p.targets != "raw", "scale": source.config.hidden_size ** 0.5 if run.p.targets == "scaled" else 1.0} if s.source == "teacher" else {}
+    H, form = source.config.hidden_size, {}
+    if s.source == "teacher":
+        form = {"unit": run.p.targets != "raw", "scale": H ** 0.5 if run.p.targets == "scaled" else 1.0}
     with run.first():
         vectors = data.vectors(corpus, ids, source, name, cache, s.layers, progress=progress(run, f"targets of stage {stage}"), **form)
     orders, live = {0: first}, share(run, model) if epochs else model
@@ -550,12 +558,14 @@ def pipeline(run):
     teacher = load_for(run, teacher_dir)
     given = load_for(run, args.assistant) if args.assistant else None
     if given and given.config.hidden_size != teacher.config.hidden_size:
-        raise InputError(f"{args.assistant}: hidden size {given.config.hidden_size}, but the teacher {teacher_dir} has {teacher.config.hidden_size}; their vectors are compared, so the widths must match")
+        raise InputError(f"{args.assistant}: hidden size {given.config.hidden_size}, "
+                         f"but the teacher {teacher_dir} has {teacher.config.hidden_size}; their vectors are compared, so the widths must match")
     msd.check_sizes((given or teacher).config, p.bottleneck, p.layers, p.recurrence)
     sts = data.read_sts(args.sts) if args.sts else {}
     sts = sts if run.args.train else {k: v for k, v in sts.items() if set(k.split("-")) <= {"en", *args.languages}}
     with run.first():
-        corpus = data.build_corpus(expand(args.train, "--train"), args.cache, expand(args.extra, "--extra"), args.strict, p.max_chars, max(p.max_lines))
+        corpus = data.build_corpus(expand(args.train, "--train"), args.cache, expand(args.extra, "--extra"), args.strict,
+                                   p.max_chars, max(p.max_lines))
         dev = data.build_corpus(expand(args.dev, "--dev"), args.cache, (), args.strict, p.max_chars) if args.dev else None
     run.remember()
     report(run, corpus)
@@ -568,7 +578,8 @@ def pipeline(run):
         else:
             with run.first():
                 if not start_dir.exists():
-                    lower = teacher.tokenizer.normalizer is not None and teacher.tokenizer.normalizer.normalize_str("A") == "a" or teacher.config.do_lower_case
+                    normalizer = teacher.tokenizer.normalizer
+                    lower = teacher.config.do_lower_case or normalizer is not None and normalizer.normalize_str("A") == "a"
                     tokenizer = data.vocabulary(corpus, p.vocab, lower, args.cache, run.say)
                     msd.make_assistant(load(teacher_dir, "float32", "cpu"), tokenizer, data.SPECIAL.index("<pad>")).save(start_dir)
             model = load_for(run, start_dir, train=True)
@@ -624,7 +635,8 @@ def look(run, teacher, corpus):
     v, H = teacher.embed(flat, starts), teacher.config.hidden_size
     v = v if run.p.targets == "raw" else msd.unit(v) * (1 if run.p.targets == "unit" else H ** 0.5)
     seen = {**msd.look(v), "truncated": float((np.diff(starts) >= teacher.config.max_seq_length).mean())}
-    run.say(f"teacher: width {H}, mean norm {seen['norm']:.3f}, mean cosine of different sentences {seen['cosine']:.3f}, {seen['truncated']:.1%} truncated; "
+    run.say(f"teacher: width {H}, mean norm {seen['norm']:.3f}, mean cosine of different sentences {seen['cosine']:.3f}, "
+            f"{seen['truncated']:.1%} truncated; "
             f"MSE of the best constant guess {seen['constant_mse']:.5f}: a loss near it has learnt nothing")
     if run.p.targets == "unit":
         run.say(f"  warning: unit targets: an MSE of at most {seen['constant_mse']:.5f} drowns beside the contrastive term; prefer --targets raw")
@@ -666,8 +678,12 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
         score(f"student, stage {k}", load_for(run, out / name))
     entries = [e for x in (out / "log.jsonl").read_text(errors="replace").splitlines() if (e := _entry(x))]
     last = list(rows)[-1]
-    results = {"rows": rows, "bootstrap": msd.bootstrap(sts, cosines["assistant"], cosines[last]) if names and sts else None, "stages": [e for e in entries if e.get("done") and "stage" in e], "teacher_look": next(e["teacher"] for e in reversed(entries) if "teacher" in e),
-               "arguments": {k: bare(v) if k in ("teacher", "assistant", "train", "extra", "dev", "sts") else v for k, v in settings(run).items()}, "seed": args.seed, "git": git_revision(), "dtype": str(run.dtype)[6:], "threads": torch.get_num_threads(),
+    paths = ("teacher", "assistant", "train", "extra", "dev", "sts")
+    results = {"rows": rows, "bootstrap": msd.bootstrap(sts, cosines["assistant"], cosines[last]) if names and sts else None,
+               "stages": [e for e in entries if e.get("done") and "stage" in e],
+               "teacher_look": next(e["teacher"] for e in reversed(entries) if "teacher" in e),
+               "arguments": {k: bare(v) if k in paths else v for k, v in settings(run).items()},
+               "seed": args.seed, "git": git_revision(), "dtype": str(run.dtype)[6:], "threads": torch.get_num_threads(),
                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.device}", "python": platform.python_version(),
                "versions": {"torch": torch.__version__, "tokenizers": tokenizers.__version__, "numpy": np.__version__}}
     with atomic(out / "results.json") as tmp:
@@ -687,9 +703,9 @@ def print_table(results):
     names = [k for k in rows["assistant"]["spearman"]]
     print("\nSpearman x 100" + " " * 8 + "".join(f"{n:>7}" for n in names) + "   mono  cross    all")
     for label, row in rows.items():
-        means = msd.mean_spearman(row["spearman"])
-        print(f"{label:22}" + "".join(f"{row['spearman'][n]:7.1f}" if n in row["spearman"] else f"{'-':>7}" for n in names) +
-              "".join(f"{m:7.1f}" if m == m else f"{'-':>7}" for m in (((*means[1:], means[0]) if label != "teacher" else (means[1], float("nan"), float("nan"))))))
+        everything, mono, cross = msd.mean_spearman(row["spearman"])
+        means = (mono, *([None] * 2 if label == "teacher" else (cross, everything)))
+        print(f"{label:22}" + "".join(f"{'-':>7}" if v is None or v != v else f"{v:7.1f}" for v in (*map(row["spearman"].get, names), *means)))
     print("\ndev pairs, mean of languages   en->xx  xx->en  100 MSE en  100 MSE xx")
     for label, row in rows.items():
         if row["accuracy"]:
@@ -699,9 +715,11 @@ def print_table(results):
     full = rows["assistant"]["sizes"]["total"]
     for label in [k for k in rows if k in ("teacher", "assistant")] + [k for k in rows if k.startswith("student")][-1:]:
         s = rows[label]["sizes"]
-        print(f"{label.split(',')[0]:18}{s['embedding']:13,}{s['layers']:13,}{s['other']:11,}{s['total']:13,}{s['total'] * 4 / 2 ** 20:9.1f}{s['total'] / full:12.1%}")
+        print(f"{label.split(',')[0]:18}{s['embedding']:13,}{s['layers']:13,}{s['other']:11,}{s['total']:13,}"
+              f"{s['total'] * 4 / 2 ** 20:9.1f}{s['total'] / full:12.1%}")
     if results.get("bootstrap"):
-        print("\nstudent - assistant, with 95 % of paired resamples: " + ", ".join(f"{k} {d:+.1f} ({low:+.1f} to {high:+.1f})" for k, (d, low, high) in results["bootstrap"].items() if d == d))
+        bounds = (f"{k} {d:+.1f} ({low:+.1f} to {high:+.1f})" for k, (d, low, high) in results["bootstrap"].items() if d == d)
+        print("\nstudent - assistant, with 95 % of paired resamples: " + ", ".join(bounds))
     seconds = ", ".join(f"{e['stage']} {e['seconds']:.0f} s" for e in results["stages"])
     print(f"\n{seconds}; {results['dtype']}, {results['threads']} threads, seed {results['seed']}", flush=True)
 
@@ -813,7 +831,8 @@ def check(update):
         if not abs(got["spearman"][row] - old) <= SCORE:
             raise Stop(f"check failed: {row}: Spearman {got['spearman'][row]:.2f}, the reference has {old:.2f} (tolerance {SCORE})", 1)
     worst = max(abs(n[2] - o[2]) / o[2] for o, n in zip(want["curve"], got["curve"]))
-    print(f"check passed: {len(want['curve'])} losses within {worst:.2%}, {len(want['spearman'])} scores within {max(abs(got['spearman'][k] - v) for k, v in want['spearman'].items()):.3f}")
+    furthest = max(abs(got["spearman"][k] - v) for k, v in want["spearman"].items())
+    print(f"check passed: {len(want['curve'])} losses within {worst:.2%}, {len(want['spearman'])} scores within {furthest:.3f}")
 
 
 def main(argv=None):
@@ -827,7 +846,8 @@ def main(argv=None):
             print(e, file=sys.stderr)
         sys.exit(e.code)
     except RuntimeError as e:
-        if not dist.is_initialized() or not isinstance(e, dist.DistError) and not any(x in str(e) for x in ("gloo", "peer", "Broken pipe", "Timed out")):
+        lost = isinstance(e, dist.DistError) or any(x in str(e) for x in ("gloo", "peer", "Broken pipe", "Timed out"))
+        if not dist.is_initialized() or not lost:
             raise
         print(f"error: process {dist.get_rank()} lost the others: one of them has ended, and says why above unless it was killed. "
               "The same command continues from the last checkpoint", file=sys.stderr)
