@@ -101,7 +101,7 @@ class Preset:
                       lambda v: v >= 100, "100 or more")
     warmup: float = flag("share of a stage's steps over which the learning rate rises", 0.1, lambda v: 0 <= v < 1, "0 up to 1")
     weight_decay: float = flag("AdamW's, not on biases and LayerNorm", 0.01, lambda v: 0 <= v < math.inf, "0 or more")
-    clip: float = flag("largest gradient norm; a log full of much larger norms asks for a lower learning rate", 1.0)
+    clip: float = flag("largest gradient norm; a log full of much larger norms asks for a lower learning rate", 1.0, lambda v: v > 0)
 
 
 PRESETS = {

@@ -1002,7 +1002,7 @@ except M.InputError as e:
 
 @pytest.mark.parametrize("flags, message", [
     (["--presets", "demo"], "unknown flag --presets; did you mean --preset"), (["--preset", "minlm"], "did you mean minilm"), (["--stages", "5"], "expected stages 1 to 4"),
-    (["--stages", "2-4"], "needs --assistant"), (["--lr", "fast"], "--lr fast: expected float"), (["--epochs", "1,2"], "one value or four"),
+    (["--stages", "2-4"], "needs --assistant"), (["--lr", "fast"], "--lr 'fast': expected float"), (["--epochs", "1,2"], "one value or four"),
     (["--init", "svdd"], "expected svd or paper"), (["--train", "nowhere*.tsv", "--teacher", "x"], "--train nowhere*.tsv: no such file"), (["--teacher", "x"], "needs both"),
     (["--dropout", "1.5"], "expected 0 up to 1"), (["--seed", "x"], "invalid int value"), (["--languages", "de,xx"], "unknown language 'xx'"), (["--layers", "0"], "--layers 0: expected 1 or more"), (["--device", "nonsense"], "is not usable here"),
     (["--layers", "9"], "--layers 9: expected 1 to 4")])

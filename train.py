@@ -97,16 +97,16 @@ def parse(argv):
         text, old = getattr(args, f.name), getattr(PRESETS[args.preset], f.name)
         if text is None:
             continue
-        four, given = isinstance(old, tuple), f"--{f.name.replace('_', '-')} {text}"
+        four, name = isinstance(old, tuple), f"--{f.name.replace('_', '-')}"
         kind = float if f.name in ("epochs", "lr") else type(old[0] if four else old)
         try:
             values = tuple(kind(v) for v in text.split(","))
         except ValueError:
-            raise InputError(f"{given}: expected {kind.__name__} values") from None
+            raise InputError(f"{name} {text!r}: expected {kind.__name__} values") from None
         if len(values) not in ((1, 4) if four else (1,)):
-            raise InputError(f"{given}: expected one value" + four * " or four, for stages 1 to 4")
+            raise InputError(f"{name} {text!r}: expected one value" + four * " or four, for stages 1 to 4")
         if not all(map(f.metadata["ok"], values)):
-            raise InputError(f"{given}: expected {f.metadata['expected']}")
+            raise InputError(f"{name} {text}: expected {f.metadata['expected']}")
         changes[f.name] = (values * 4)[:4] if four else values[0]
     p = dataclasses.replace(PRESETS[args.preset], **changes)
     if p.bottleneck == 0 and args.lr is None:                   # the paper lowers stage 3's rate for the bottleneck alone
@@ -530,14 +530,14 @@ def demo_teacher(run, folder):
     config = dataclasses.replace(msd.DEMO_TEACHER, vocab_size=tokenizer.get_vocab_size())
     model = msd.init_weights(Encoder(config, tokenizer, run.dtype), torch.Generator().manual_seed(run.args.seed)).to(run.args.device)
     flat, starts = model.tokenize([*a, *b])
-    n, batch = len(a), 128
+    sizes, n, batch = np.diff(starts), len(a), 128
     gold = torch.tensor(scores / 5, dtype=torch.float32, device=run.args.device)
 
     def terms_at(step):
         rows = np.random.default_rng([run.args.seed, step]).choice(n, batch, replace=False)
         x, y = (model(*(put(z, run.args.device) for z in pad(flat, starts, rows + k, config.pad_token_id))) for k in (0, n))
         cos = torch.nn.functional.cosine_similarity(x, y)
-        return {"score": msd.mse(cos, gold[put(rows, run.args.device)])}, int((np.diff(starts)[rows] + np.diff(starts)[rows + n]).sum()), rows
+        return {"score": msd.mse(cos, gold[put(rows, run.args.device)])}, int((sizes[rows] + sizes[rows + n]).sum()), rows
     run.save(fit(run, "teacher", model, msd.DEMO_TEACHER_STEPS, 2e-3, terms_at), folder)
 
 
