@@ -218,7 +218,7 @@ def read_sts(folder):
     Raises: InputError at any bad line, with file, number and value."""
     sets, folder = {}, Path(folder)
     for path in sorted(folder.glob("*")) if folder.is_dir() else []:
-        if not (m := re.search(r"([a-z]{2,3})-([a-z]{2,3})\.(txt|tsv)(\.gz)?$", path.name)):
+        if not (m := re.search(r"(?:^|[._])([a-z]{2,3})-([a-z]{2,3})\.(txt|tsv)(\.gz)?$", path.name)):
             continue
         rows, name = [], f"{m[1]}-{m[2]}"
         for number, text, fault in read_lines(path):

@@ -234,12 +234,13 @@ def read_config(folder, pad_id, table, layers):
     for name, default in (("recurrence", None), ("bottleneck_size", None), ("pad_token_id", None), ("type_vocab_size", 2)):
         raw.setdefault(name, default)
         check(raw[name] is None and default is None or _count(raw[name], 1000 if name == "recurrence" else 2 ** 31), name, "a whole number")
-    # The authors' students keep the assistant's config.json: their depth K x R is its num_hidden_layers.
-    depth, K = raw["num_hidden_layers"], layers
-    R = raw["recurrence"] or (depth // K if K and depth % K == 0 else 1)
-    check(K == depth or (raw["recurrence"] is None and K * R == depth), "num_hidden_layers", f"{K}, the layers in the weights")
     check(raw["vocab_size"] == table[0], "vocab_size", f"{table[0]}, the rows of the word table in the weights")
     B = table[1] if table[1] != raw["hidden_size"] or raw["bottleneck_size"] else 0
+    # The authors' students keep the assistant's config.json: their depth K x R is its num_hidden_layers. Without their
+    # bottleneck, fewer layers than config.json says are a damaged file.
+    depth, K = raw["num_hidden_layers"], layers
+    R = raw["recurrence"] or (depth // K if B and K and depth % K == 0 else 1)
+    check(K == depth or (raw["recurrence"] is None and K * R == depth), "num_hidden_layers", f"{K}, the layers in the weights")
     check(raw["bottleneck_size"] in (None, B), "bottleneck_size", f"{B}, the width of the word table in the weights")
     family = raw["model_type"]
     if family != "bert":                                # positions hang on it, so a disagreement cannot be repaired

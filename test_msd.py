@@ -458,7 +458,9 @@ def test_batches_cover_every_pair_once_and_repeat():
 
 def test_sts_files(tmp_path):
     write(tmp_path / "STS.en-de.txt", "a\tb\t0\nc\td\t5.0\n")
-    assert data.read_sts(tmp_path)["en-de"][2].tolist() == [0, 5]
+    write(tmp_path / "stsb-dev.txt", "no pair of languages")
+    sets = data.read_sts(tmp_path)
+    assert list(sets) == ["en-de"] and sets["en-de"][2].tolist() == [0, 5]
     for bad in ("a\tb\t5.1", "a\tb\tnan", "a\tb", "a\t\t3", "a\tb\tx", ""):
         write(tmp_path / "STS.en-de.txt", f"a\tb\t1\n{bad}\nc\td\t2\n")
         with pytest.raises(M.InputError, match="STS.en-de.txt:2"):
@@ -972,6 +974,10 @@ def test_broken_weights(folder):
         M.write_safetensors(root / "model.safetensors", {**tensors, **change})
         with pytest.raises(M.InputError, match=message):
             M.load(root)
+    # Half of the layers gone is no recurrent model: only the authors' students, known by their bottleneck, leave R unsaid.
+    M.write_safetensors(root / "model.safetensors", {k: v for k, v in tensors.items() if not any(f".layer.{i}." in k for i in (2, 3))})
+    with pytest.raises(M.InputError, match="num_hidden_layers is 4, expected 2, the layers in the weights"):
+        M.load(root)
 
 
 def test_a_loss_that_is_not_finite_stops(world, finished, tmp_path):
@@ -1103,6 +1109,8 @@ def test_using_a_model(world, finished, tmp_path):
     assert np.array_equal(np.load(tmp_path / "v.npy"), M.load(student, "float32").encode(["red old", "blue new"]))
     found = msd_py("search", student, lines, "blue new", "--top", "1").stdout.decode()
     assert found.startswith("1.0000\t2\tblue new")
+    assert msd_py("similarity", student, "red\u200cold", "red old").returncode == 0          # Persian joins words so
+    assert b"without control characters" in msd_py("similarity", student, "red\x1bold", "red old").stderr
     assert b"total" in msd_py("info", student).stdout
     gone = msd_py("info", tmp_path / "nowhere")
     assert gone.returncode == 2 and b"no such model directory" in gone.stderr

@@ -42,7 +42,8 @@ class Stop(Exception):
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
-# What may differ between a run and its continuation: the result does not depend on it, or in its last bits only.
+# What may differ between a run and its continuation: results do not depend on it, or in their last bits only, but that
+# another device, --compile or number of processes draws other dropout masks.
 FREE = {"out", "cache", "restart", "save_seconds", "threads", "check", "check_update", "strict", "device", "compile"}
 
 
@@ -69,7 +70,7 @@ def parser():
     ap.add_argument("--threads", type=int, help="CPU threads; the number of real cores is best")
     ap.add_argument("--compile", action="store_true", help="torch.compile the model; a minute or two at first, for long runs on a GPU")
     ap.add_argument("--evals", type=int, default=4, help="dev readings a stage; the best one's weights are kept")
-    ap.add_argument("--save-seconds", type=float, default=60, help="time between checkpoints; what a crash can cost you")
+    ap.add_argument("--save-seconds", type=float, default=60, help="time between checkpoints; what a crash in training can cost you")
     ap.add_argument("--strict", action="store_true", help="stop at the first malformed line instead of dropping up to 1 %%")
     ap.add_argument("--restart", action="store_true", help="delete this run's models and checkpoints and start over")
     ap.add_argument("--check", action="store_true", help="short fixed recipe against the committed reference: is this installation right?")
@@ -560,7 +561,8 @@ def pipeline(run):
     if given and given.config.hidden_size != teacher.config.hidden_size:
         raise InputError(f"{args.assistant}: hidden size {given.config.hidden_size}, "
                          f"but the teacher {teacher_dir} has {teacher.config.hidden_size}; their vectors are compared, so the widths must match")
-    msd.check_sizes((given or teacher).config, p.bottleneck, p.layers, p.recurrence)
+    if args.stages != [1]:
+        msd.check_sizes((given or teacher).config, p.bottleneck, p.layers, p.recurrence)
     sts = data.read_sts(args.sts) if args.sts else {}
     sts = sts if run.args.train else {k: v for k, v in sts.items() if set(k.split("-")) <= {"en", *args.languages}}
     with run.first():
@@ -683,7 +685,7 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
                "stages": [e for e in entries if e.get("done") and "stage" in e],
                "teacher_look": next(e["teacher"] for e in reversed(entries) if "teacher" in e),
                "arguments": {k: bare(v) if k in paths else v for k, v in settings(run).items()},
-               "seed": args.seed, "git": git_revision(), "dtype": str(run.dtype)[6:], "threads": torch.get_num_threads(),
+               "seed": args.seed, "git": git_revision(), "dtype": str(run.dtype)[6:], "threads": torch.get_num_threads(), "processes": run.world,
                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.device}", "python": platform.python_version(),
                "versions": {"torch": torch.__version__, "tokenizers": tokenizers.__version__, "numpy": np.__version__}}
     with atomic(out / "results.json") as tmp:
