@@ -191,13 +191,10 @@ def read_pairs(path, report, strict=False, max_chars=250, max_lines=None):
             report["blank"] += 1
             continue
         sides = [] if fault else [s.strip() for s in text.split("\t")]
-        if not fault and len(sides) != 2:
-            fault = "no tab" if len(sides) == 1 else f"{len(sides) - 1} tabs"
-        elif not fault and not all(sides):
-            fault = "an empty side"
+        if not fault and (len(sides) != 2 or not all(sides)):
+            fault = {1: "no tab", 2: "an empty side"}.get(len(sides), f"too many tabs ({len(sides) - 1})")
         if fault:
-            kind = re.sub(r" \(.*", "", fault)
-            report["bad"][kind if "tabs" not in kind else "too many tabs"] += 1
+            report["bad"][fault.split(" (")[0]] += 1
             place = f"{path}:{number}: {fault}; expected english<TAB>translation" + (f", found {text[:60]!r}" if text is not None else "")
             if strict:
                 raise InputError(f"{place}. Mend the line, or leave out --strict to drop up to 1 % of such lines")

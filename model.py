@@ -128,17 +128,13 @@ def read_safetensors(path, to=None, copy=False):
         check(isinstance(dtype, str) and dtype in DTYPES, f"{name!r} has dtype {dtype!r}, known are {', '.join(DTYPES)}")
         check(isinstance(shape, list) and all(map(_count, shape)), f"{name!r} has shape {shape!r}")
         check(isinstance(offsets, list) and len(offsets) == 2 and all(map(_count, offsets)), f"{name!r} has offsets {offsets!r}")
-        (a, b), n = offsets, math.prod(shape)
+        (a, b), kind = offsets, DTYPES[dtype]
         check(a <= b <= size - 8 - length, f"{name!r} ends at byte {b} of {size - 8 - length}; the file is truncated or damaged")
-        check(b - a == n * DTYPES[dtype].itemsize, f"{name!r} is {dtype} {shape} but has {b - a} bytes")
+        check(b - a == math.prod(shape) * kind.itemsize, f"{name!r} is {dtype} {shape} but has {b - a} bytes")
         spans.append((a, b, name))
-        start, kind = 8 + length + a, DTYPES[dtype]
-        if n == 0:
-            tensors[name] = torch.empty(shape, dtype=kind)
-        elif start % kind.itemsize:                                             # a foreign writer: align by a copy
-            tensors[name] = torch.frombuffer(bytearray(data[start:start + b - a]), dtype=kind).view(shape)
-        else:
-            tensors[name] = torch.frombuffer(data, dtype=kind, count=n, offset=start).view(shape)
+        start = 8 + length + a
+        raw = torch.from_numpy(np.frombuffer(data, np.uint8, b - a, start))
+        tensors[name] = (raw.clone() if start % kind.itemsize else raw).view(kind).view(shape)      # a foreign writer: align by a copy
         if copy or kind.is_floating_point and to not in (None, kind):
             tensors[name] = tensors[name].to(to if to and kind.is_floating_point else kind, copy=True)
             first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + b - a) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -202,6 +198,9 @@ class Config:
         return self.pad_token_id + 1 if self.model_type != "bert" else 0
 
 
+# What a config.json may leave out; None: the weights or the tokenizer tell.
+DEFAULTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "recurrence": None, "bottleneck_size": None, "pad_token_id": None,
+            "pooling": "mean", "normalize": False}
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
 
@@ -211,11 +210,9 @@ def read_config(folder, pad_id, table, layers):
 
     pad_id: the tokenizer's; table: shape of the word table in the weights; layers: how many layers the weights hold.
     Both repair what a config.json of the authors' students does not say: B, K and R."""
-    root, folder, pooling, normalize = Path(folder), Path(folder), None, None
-    if (root / "modules.json").exists():
-        folder, pooling, normalize = _modules(root)
+    folder, modules = _modules(Path(folder))
     file = folder / "config.json"
-    raw = read_json(file)
+    raw = {**DEFAULTS, **read_json(file), **modules}
 
     def check(ok, name, expected):
         if not ok:
@@ -225,15 +222,12 @@ def read_config(folder, pad_id, table, layers):
     for name in REQUIRED:
         check(_count(raw.get(name), 2 ** 31) and raw[name] > 0, name, "a positive whole number")
     check(raw["hidden_size"] % raw["num_attention_heads"] == 0, "num_attention_heads", f"a divisor of hidden_size {raw['hidden_size']}")
-    raw.setdefault("hidden_act", "gelu")
-    check(isinstance(raw["hidden_act"], str) and raw["hidden_act"] in ACTIVATIONS, "hidden_act", f"one of {', '.join(ACTIVATIONS)}")
+    check(raw["hidden_act"] in list(ACTIVATIONS), "hidden_act", f"one of {', '.join(ACTIVATIONS)}")
     check(raw.get("position_embedding_type", "absolute") == "absolute", "position_embedding_type", "'absolute'")
     check(raw.get("is_decoder", False) is False, "is_decoder", "false")
-    eps = raw.get("layer_norm_eps", 1e-12)
-    check(isinstance(eps, float) and 0 < eps < 1, "layer_norm_eps", "a small positive number")
-    for name, default in (("recurrence", None), ("bottleneck_size", None), ("pad_token_id", None), ("type_vocab_size", 2)):
-        raw.setdefault(name, default)
-        check(raw[name] is None and default is None or _count(raw[name], 1000 if name == "recurrence" else 2 ** 31), name, "a whole number")
+    check(isinstance(raw["layer_norm_eps"], float) and 0 < raw["layer_norm_eps"] < 1, "layer_norm_eps", "a small positive number")
+    for name in ("recurrence", "bottleneck_size", "pad_token_id", "type_vocab_size"):
+        check(raw[name] is None and DEFAULTS[name] is None or _count(raw[name], 1000 if name == "recurrence" else 2 ** 31), name, "a whole number")
     check(raw["vocab_size"] == table[0], "vocab_size", f"{table[0]}, the rows of the word table in the weights")
     B = table[1] if table[1] != raw["hidden_size"] or raw["bottleneck_size"] else 0
     # The authors' students keep the assistant's config.json: their depth K x R is its num_hidden_layers. Without their
@@ -242,20 +236,27 @@ def read_config(folder, pad_id, table, layers):
     R = raw["recurrence"] or (depth // K if B and K and depth % K == 0 else 1)
     check(K == depth or (raw["recurrence"] is None and K * R == depth), "num_hidden_layers", f"{K}, the layers in the weights")
     check(raw["bottleneck_size"] in (None, B), "bottleneck_size", f"{B}, the width of the word table in the weights")
-    family = raw["model_type"]
-    if family != "bert":                                # positions hang on it, so a disagreement cannot be repaired
+    if raw["model_type"] != "bert":                     # positions hang on it, so a disagreement cannot be repaired
         check(raw["pad_token_id"] in (None, pad_id), "pad_token_id", f"{pad_id}, the tokenizer's, as positions count from it")
-    config = Config(**{k: raw[k] for k in REQUIRED if k != "num_hidden_layers"}, num_hidden_layers=K, recurrence=R, bottleneck_size=B,
-                    model_type=family, type_vocab_size=raw["type_vocab_size"], layer_norm_eps=eps, hidden_act=raw["hidden_act"],
-                    pad_token_id=pad_id, pooling=pooling or raw.get("pooling", "mean"),
-                    normalize=raw.get("normalize", False) if normalize is None else normalize)
-    check(config.pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}")
-    check(isinstance(config.normalize, bool), "normalize", "true or false")
-    return replace(config, **_text_settings(root, folder, raw, config))
+    check(raw["pooling"] in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}")
+    check(isinstance(raw["normalize"], bool), "normalize", "true or false")
+    raw.update(num_hidden_layers=K, recurrence=R, bottleneck_size=B, pad_token_id=pad_id)
+    config = Config(**{k: raw[k] for k in ("model_type", *REQUIRED, *DEFAULTS)})
+    # Maximum length and lower-casing: ours in config.json, sentence-transformers' beside it.
+    beside = folder / "sentence_bert_config.json"
+    settings, place = (read_json(beside), beside) if modules and beside.exists() else (raw, file)
+    limit = config.max_position_embeddings - config.first_position
+    tokens, lower = (default if settings.get(k) is None else settings[k] for k, default in (("max_seq_length", limit), ("do_lower_case", False)))
+    if not _count(tokens) or min(tokens, limit) < 3 or not isinstance(lower, bool):
+        raise InputError(f"{place}: max_seq_length {tokens!r} ({limit} positions), do_lower_case {lower!r}; "
+                         "expected whole numbers over 2, and true or false")
+    return replace(config, max_seq_length=min(tokens, limit), do_lower_case=lower)
 
 
 def _modules(root):
-    """(folder of the transformer, pooling, normalize) from a sentence-transformers modules.json."""
+    """(folder of the transformer, {"pooling", "normalize"}) from a sentence-transformers modules.json, where there is one."""
+    if not (root / "modules.json").exists():
+        return root, {}
     try:
         modules = json.loads((root / "modules.json").read_text("utf-8"))
         kinds = [(m["type"].rsplit(".", 1)[-1], root / m["path"]) for m in modules]
@@ -275,20 +276,7 @@ def _modules(root):
     modes = [raw["pooling_mode"]] if "pooling_mode" in raw else modes
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise InputError(f"{file}: pooling {modes}, expected exactly one of {', '.join(POOLINGS)}")
-    return kinds[0][1], modes[0], len(names) == 3
-
-
-def _text_settings(root, folder, raw, config):
-    """Maximum length and lower-casing: ours in config.json, sentence-transformers' beside it."""
-    settings, file = raw, folder / "config.json"
-    if (root / "modules.json").exists() and (folder / "sentence_bert_config.json").exists():
-        settings, file = read_json(folder / "sentence_bert_config.json"), folder / "sentence_bert_config.json"
-    limit = config.max_position_embeddings - config.first_position
-    tokens, lower = (default if settings.get(k) is None else settings[k] for k, default in (("max_seq_length", limit), ("do_lower_case", False)))
-    if not _count(tokens) or min(tokens, limit) < 3 or not isinstance(lower, bool):
-        raise InputError(f"{file}: max_seq_length {tokens!r} ({limit} positions), do_lower_case {lower!r}; "
-                         "expected whole numbers over 2, and true or false")
-    return {"max_seq_length": min(tokens, limit), "do_lower_case": lower}
+    return kinds[0][1], {"pooling": modes[0], "normalize": len(names) == 3}
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -575,11 +563,12 @@ def best_dtype(device):
     return torch.float32, "the CPU has no bfloat16 units"
 
 
-def load(folder, dtype=None, device=None, train=False):
+def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=math.inf):
     """An Encoder from a model directory: this project's, sentence-transformers', plain Hugging Face (BERT and RoBERTa
     families), or the authors' students. Never runs code from a file.
 
     dtype: 'float32', 'bfloat16' or None, the best on this device. train: keep float32 master weights whatever the dtype.
+    dropout: in training; max_tokens: truncate to fewer tokens than the files say.
     Raises: InputError naming the file and the fix for anything missing, damaged or unsupported."""
     root = Path(folder)
     if not root.is_dir():
@@ -588,7 +577,7 @@ def load(folder, dtype=None, device=None, train=False):
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype {dtype!r}: expected 'float32', 'bfloat16' or None")
     kind = getattr(torch, dtype) if dtype else best_dtype(device)[0]
-    body = _modules(root)[0] if (root / "modules.json").exists() else root
+    body = _modules(root)[0]
     tokenizer, pad_id = read_tokenizer(body)
     state = read_weights(body, torch.float32 if train else kind, copy=train)
     table = state.get("embeddings.word.weight")
@@ -597,6 +586,7 @@ def load(folder, dtype=None, device=None, train=False):
                          "not an encoder of a supported family")
     layers = len({k.split(".")[1] for k in state if k.startswith("layers.")})
     config = read_config(root, pad_id, table.shape, layers)
+    config = replace(config, dropout=dropout, max_seq_length=min(config.max_seq_length, max_tokens))
     if (largest := max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)) >= config.vocab_size:
         raise InputError(f"{body / 'tokenizer.json'}: token ids up to {largest}, "
                          f"but the word table has {config.vocab_size} rows; they are not of one model")

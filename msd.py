@@ -275,7 +275,7 @@ def bootstrap(sets, a, b, n=1000, seed=0):
     return {name: [float(x[i]) for x in (whole, low, high)] for i, name in enumerate(("all", "mono", "cross"))}
 
 
-def evaluate(model, sets, dev, dev_targets=None, english_only=False):
+def evaluate(model, sets, dev, dev_targets, english_only=False):
     """(one row of the table, cosines by set): Spearman x 100 by set, accuracy both ways and 100 x MSE to the teacher by
     dev language.
 
@@ -287,9 +287,7 @@ def evaluate(model, sets, dev, dev_targets=None, english_only=False):
     for language, (english, translated) in ({} if english_only else dev).items():
         x, y = (model.encode(list(side), normalize=False) for side in (english, translated))
         row["accuracy"][language] = retrieval(x, y)
-        if dev_targets:
-            target = dev_targets[language]
-            row["mse"][language] = [100 * float(np.square(v - target).mean()) for v in (x, y)]
+        row["mse"][language] = [100 * float(np.square(v - dev_targets[language]).mean()) for v in (x, y)]
     return row, cosines
 
 
@@ -348,7 +346,7 @@ def read_texts(path):
 
 
 def main(argv=None):
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--dtype", choices=("float32", "bfloat16"), help="arithmetic; leave it out for the best on this device")
     sub = ap.add_subparsers(dest="command", required=True)
     for name, extra in (("similarity", ("a", "b")), ("encode", ()), ("search", ("corpus", "query")), ("info", ())):
@@ -359,8 +357,6 @@ def main(argv=None):
     p = sub.add_parser("plot")
     p.add_argument("out")
     p.add_argument("results", nargs="+")
-    for p in (ap, *sub.choices.values()):
-        p.error = usage_error
     args = ap.parse_args(argv)
     if any(unicodedata.category(x) in ("Cc", "Cs") for x in " ".join(map(str, vars(args).values()))) or getattr(args, "top", 1) < 1:
         raise InputError("expected text in UTF-8 without control characters, and --top of 1 or more")
@@ -386,9 +382,10 @@ def main(argv=None):
             print(f"{part:10}{n:14,} parameters{n * 4 / 2**20:10.1f} MB float32{n * 2 / 2**20:10.1f} MB bfloat16")
 
 
-def usage_error(message):
-    """argparse's own complaint, as one line like every other."""
-    raise InputError(f"{message}; --help lists what there is")
+class Parser(argparse.ArgumentParser):
+    """argparse, its complaints in one line like every other."""
+    def error(self, message):
+        raise InputError(f"{message}; --help lists what there is")
 
 
 def run_cli(main):

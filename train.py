@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from msd import PRESETS, STAGES, Preset
 
 class Stop(Exception):
     """The run ends before its end: a signal, or a loss that is not finite. code: the exit status."""
-    def __init__(self, message, code):
+    def __init__(self, code, message="stopped; the same command continues here"):
         super().__init__(message)
         self.code = code
 
@@ -48,7 +49,7 @@ FREE = {"out", "cache", "restart", "save_seconds", "threads", "check", "check_up
 
 
 def parser():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    ap = msd.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     ap.add_argument("--preset", help=f"sizes and schedule: {', '.join(PRESETS)}; demo without --train, minilm with it")
     ap.add_argument("--teacher", metavar="DIR", help="English sentence encoder: a sentence-transformers or Hugging Face directory")
     ap.add_argument("--assistant", metavar="DIR", help="multilingual encoder of the teacher's width; "
@@ -88,7 +89,6 @@ def parse(argv):
         name = word.split("=")[0]
         if name.startswith("--") and name not in flags:
             raise InputError(f"unknown flag {name}" + _nearest(name, flags))
-    ap.error = msd.usage_error
     args = ap.parse_args(argv)
     args.preset = args.preset or ("minilm" if args.train or args.teacher else "demo")
     if args.preset not in PRESETS:
@@ -124,27 +124,19 @@ def parse(argv):
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise InputError(f"--device {args.device!r} is not usable here ({str(e).splitlines()[0]}); expected cpu or cuda") from None
-    try:
-        spans = [[int(x) for x in part.split("-")] for part in args.stages.split(",")]
-        args.stages = sorted({k for span in spans for k in range(span[0], min(span[-1], 9) + 1)})
-    except ValueError:
-        args.stages = []
-    if not args.stages or not set(args.stages) <= set(STAGES):
-        raise InputError("--stages: expected stages 1 to 4, such as 1-4 or 1,4")
-    if p.bottleneck == 0 and args.stages != [2]:                # nothing to align
-        args.stages = [k for k in args.stages if k != 2]
-    elif p.bottleneck == 0:
-        raise InputError("--stages 2 with --bottleneck 0: there is no bottleneck to align")
+    spans = [re.fullmatch(r" *([1-4])(?:-([1-4]))? *", part) for part in args.stages.split(",")]
+    wanted = {k for m in spans if m for k in range(int(m[1]), int(m[2] or m[1]) + 1)}
+    args.stages = sorted(wanted - {2} if p.bottleneck == 0 else wanted)         # without a bottleneck there is nothing to align
+    if not all(spans) or not args.stages:
+        raise InputError("--stages: expected stages 1 to 4, such as 1-4 or 1,4; stage 2 alone needs a bottleneck")
     if 1 not in args.stages and not args.assistant:
         raise InputError(f"--stages {args.stages} without stage 1 needs --assistant DIR, a trained multilingual encoder")
-    if args.preset == "demo" and not args.train and (args.teacher or args.dev or args.sts or args.extra):
-        raise InputError("--teacher, --dev, --sts and --extra need --train: the built-in corpus brings its own")
-    if (args.preset != "demo" or args.train) and not (args.train and args.teacher):
-        raise InputError("your own data needs both --teacher DIR and --train GLOB; for the built-in corpus give neither")
+    own = args.preset != "demo" or args.train or args.teacher or args.dev or args.sts or args.extra
+    if own and not (args.train and args.teacher):
+        raise InputError("your own data needs both --teacher DIR and --train GLOB; for the built-in corpus leave out these, --dev, --sts and --extra")
     args.languages = args.languages.split(",")
-    for language in args.languages:
-        if language not in data.LANGUAGES:
-            raise InputError(f"unknown language {language!r}; the built-in corpus has {', '.join(data.LANGUAGES)}")
+    if unknown := [x for x in args.languages if x not in data.LANGUAGES]:
+        raise InputError(f"unknown language {unknown[0]!r}; the built-in corpus has {', '.join(data.LANGUAGES)}")
     args.out = Path(args.out or f"runs/{args.preset}")
     return args, p
 
@@ -210,16 +202,17 @@ class Run:
         if self.world > 1 and self.rank == 0:
             dist.barrier(self.group)
 
-    def save(self, model, folder):
+    def save(self, write, where):
+        """The first process writes; nobody leaves, or torchrun ends, before it has."""
         with self.first():
             if self.rank == 0:
-                model.save(folder)
+                write(where)
 
     def on_signal(self, number, frame):
         """During a step: finish it, save, leave. Elsewhere leave at once; nothing half-written stays."""
         self.stop = number
         if not self.busy:
-            self.leave()
+            raise Stop(128 + number)
 
     def remember(self):
         """Write down what this run is, once its inputs have been read: a mistyped path leaves nothing to refuse the next try."""
@@ -227,23 +220,17 @@ class Run:
             with atomic(self.out / "run.json") as tmp:
                 tmp.write_text(json.dumps(self.identity, indent=1))
 
-    def leave(self):
-        raise Stop("stopped; the same command continues here", 128 + self.stop)
-
 
 def matrix_rate(dtype, device):
     """Floating-point operations a second in a square matrix product, the best of several: what the device can do."""
     n = 8192 if torch.device(device).type == "cuda" else 1024
-    a, best = torch.randn(n, n, device=device).to(dtype), float("inf")
-    sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    for _ in range(10):
-        sync()
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ a
-        sync()
-        best = min(best, (time.perf_counter() - start) / 5)
-    return 2 * n ** 3 / best
+    a = torch.randn(n, n, device=device).to(dtype)
+
+    def clock():
+        if a.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+    return 2 * n ** 3 * 5 / min(timeit.repeat(lambda: a @ a, timer=clock, repeat=10, number=5))
 
 
 def rate_at(step, steps, warmup):
@@ -283,7 +270,7 @@ def clip_and_step(model, optimizer, clip, table=None):
     return norm
 
 
-def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
+def fit(run, name, model, steps, lr, terms_at, dev_loss=None):
     """Train `model` for `steps` steps and leave the weights of the best dev loss in it.
 
     terms_at(step): (loss terms by name, tokens, batch ids), a pure function of the step. Every random draw depends on seed,
@@ -296,22 +283,20 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
     sparse = model.embeddings.word.sparse = model.device.type == "cpu" and run.world == 1 and not args.compile
     table = torch.zeros_like(model.embeddings.word.weight) if sparse else None
     start, best, best_loss, seconds = 0, None, float("inf"), 0.0
-    if file.exists():
-        state, meta = read_safetensors(file)
+    state, meta = read_safetensors(file) if file.exists() else ({}, {})
+    if meta.get("stage") == name:
         fits = all(f"model.{k}" in state and state[f"model.{k}"].shape == q.shape for k, q in named.items())
-        if meta.get("stage") == name and not (fits and meta.get("step", "").isdigit() and int(meta["step"]) <= steps):
+        if not (fits and meta.get("step", "").isdigit() and int(meta["step"]) <= steps):
             raise InputError(f"{file}: a damaged checkpoint; delete it to begin {name} again")
-        if meta.get("stage") == name:
-            start, best_loss, seconds = int(meta["step"]), float(meta["best"]), float(meta["seconds"])
-            with torch.no_grad():
-                for k, q in named.items():
-                    q.copy_(state[f"model.{k}"])
-                    if f"exp_avg.{k}" in state:                  # stage 2 never moves the layers
-                        optimizer.state[q] = {m: state[f"{m}.{k}"].clone().to(q.device) for m in MOMENTS}
-                        optimizer.state[q]["step"] = torch.tensor(float(start), device=q.device)
-            best = {k[5:]: v.clone() for k, v in state.items() if k.startswith("best.")} or None
-            run.say(f"{name}: continues at step {start} of {steps}")
-        del state
+        start, best_loss, seconds = int(meta["step"]), float(meta["best"]), float(meta["seconds"])
+        model.load_state_dict({k: state[f"model.{k}"] for k in named})
+        for k, q in named.items():
+            if f"exp_avg.{k}" in state:                          # stage 2 never moves the layers
+                optimizer.state[q] = {m: state[f"{m}.{k}"].clone().to(q.device) for m in MOMENTS}
+                optimizer.state[q]["step"] = torch.tensor(float(start), device=q.device)
+        best = {k[5:]: v.clone() for k, v in state.items() if k.startswith("best.")} or None
+        run.say(f"{name}: continues at step {start} of {steps}")
+    del state
     trim_log(run, name, start)
 
     def save(step):
@@ -323,10 +308,12 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
 
     def check():
         if (bad := int(broken)) >= 0:
-            raise Stop(f"{name}, step {bad}: the loss or the gradient norm is not finite; batch {list(map(int, terms_at(bad)[2][:16]))}... "
-                       f"The last good checkpoint is {file if file.exists() else 'none yet'}; --lr or --clip may be too high", 1)
+            raise Stop(1, f"{name}, step {bad}: the loss or the gradient norm is not finite; batch {list(map(int, terms_at(bad)[2][:16]))}... "
+                       f"The last good checkpoint is {file if file.exists() else 'none yet'}; --lr or --clip may be too high")
 
-    used = used_per_token(model, layers)
+    # Parameters that multiply each token: the layers, unless they rest (stage 2), R times, and the map B -> H.
+    c, active = model.config, sum(q.numel() for q in model.layers.parameters() if q.requires_grad)
+    used = c.recurrence * active + c.bottleneck_size * c.hidden_size
     evals = {-(-steps * (i + 1) // args.evals) for i in range(args.evals)}
     begun = saved = shown = last = time.monotonic()
     counted = 0
@@ -368,18 +355,13 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None, layers=True):
         stop, due = run.agree(run.stop or 0, time.monotonic() - saved > args.save_seconds and step + 1 < steps)
         if stop or due:
             check()
-            with run.first():                                   # nobody leaves, or torchrun ends, before the save has
-                if run.rank == 0:
-                    save(step + 1)
+            run.save(save, step + 1)
             saved = time.monotonic()
         run.busy = False
         if stop:                                                # a signal that comes during a save is seen one step later
-            run.stop = stop
-            run.leave()
+            raise Stop(128 + stop)
     if best:
-        with torch.no_grad():
-            for k, q in named.items():
-                q.copy_(best[k])
+        model.load_state_dict(best)
     run.log(stage=name, done=True, steps=steps, seconds=round(seconds + time.monotonic() - begun, 1), best_dev=best_loss if best else None)
     return model
 
@@ -390,9 +372,8 @@ def trim_log(run, name, start):
     if file.exists() and run.rank == 0:
         lines = file.read_text(errors="replace").splitlines()
         kept = [x for x in lines if (e := _entry(x)) and (e.get("stage") != name or e.get("step", start) < start)]
-        if kept != lines:
-            with atomic(file) as tmp:
-                tmp.write_text("".join(x + "\n" for x in kept))
+        with atomic(file) as tmp:
+            tmp.write_text("".join(x + "\n" for x in kept))
 
 
 def _entry(line):
@@ -401,12 +382,6 @@ def _entry(line):
         return entry if isinstance(entry, dict) and isinstance(entry.get("step", 0), int) else None
     except ValueError:                                          # the last line of a killed run may be cut
         return None
-
-
-def used_per_token(model, layers=True):
-    """Parameters that multiply each token: the layers R times, and the map B -> H."""
-    c = model.config
-    return layers * c.recurrence * sum(p.numel() for p in model.layers.parameters()) + c.bottleneck_size * c.hidden_size
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -515,13 +490,7 @@ def fingerprint(folder):
 
 def load_for(run, folder, train=False):
     """A model of the run with its arithmetic; --max-tokens and, in training, --dropout apply."""
-    model = load(folder, str(run.dtype)[6:], run.args.device, train=train)
-    c = dataclasses.replace(model.config, dropout=run.p.dropout, max_seq_length=min(run.p.max_tokens, model.config.max_seq_length))
-    for m in model.modules():
-        if hasattr(m, "config"):
-            m.config = c
-    model.tokenizer.enable_truncation(c.max_seq_length)
-    return model
+    return load(folder, str(run.dtype)[6:], run.args.device, train, run.p.dropout, run.p.max_tokens)
 
 
 def demo_teacher(run, folder):
@@ -539,7 +508,7 @@ def demo_teacher(run, folder):
         x, y = (model(*(put(z, run.args.device) for z in pad(flat, starts, rows + k, config.pad_token_id))) for k in (0, n))
         cos = torch.nn.functional.cosine_similarity(x, y)
         return {"score": msd.mse(cos, gold[put(rows, run.args.device)])}, int((sizes[rows] + sizes[rows + n]).sum()), rows
-    run.save(fit(run, "teacher", model, msd.DEMO_TEACHER_STEPS, 2e-3, terms_at), folder)
+    run.save(fit(run, "teacher", model, msd.DEMO_TEACHER_STEPS, 2e-3, terms_at).save, folder)
 
 
 def pipeline(run):
@@ -573,29 +542,26 @@ def pipeline(run):
     report(run, corpus)
     look(run, teacher, corpus)
 
-    assistant_dir, start_dir = (out / "assistant" if 1 in args.stages else Path(args.assistant)), out / "start"
+    start = Path(args.assistant or out / "start")
+    assistant_dir = out / "assistant" if 1 in args.stages else start
+    sources = {"teacher": teacher_dir, "assistant": assistant_dir}
     if 1 in args.stages and not assistant_dir.exists():
-        if args.assistant:
-            model = load_for(run, args.assistant, train=True)
-        else:
-            with run.first():
-                if not start_dir.exists():
-                    normalizer = teacher.tokenizer.normalizer
-                    lower = teacher.config.do_lower_case or normalizer is not None and normalizer.normalize_str("A") == "a"
-                    tokenizer = data.vocabulary(corpus, p.vocab, lower, args.cache, run.say)
-                    msd.make_assistant(load(teacher_dir, "float32", "cpu"), tokenizer, data.SPECIAL.index("<pad>")).save(start_dir)
-            model = load_for(run, start_dir, train=True)
-        run.save(train_stage(run, 1, model, corpus, dev, {"teacher": teacher_dir}), assistant_dir)
+        with run.first():
+            if not start.exists():
+                normalizer = teacher.tokenizer.normalizer
+                lower = teacher.config.do_lower_case or normalizer is not None and normalizer.normalize_str("A") == "a"
+                tokenizer = data.vocabulary(corpus, p.vocab, lower, args.cache, run.say)
+                msd.make_assistant(load(teacher_dir, "float32", "cpu"), tokenizer, data.SPECIAL.index("<pad>")).save(start)
+        run.save(train_stage(run, 1, load_for(run, start, train=True), corpus, dev, sources).save, assistant_dir)
     names = {k: "student" if k == args.stages[-1] else f"stage{k}" for k in args.stages if k > 1}
-    previous = None
+    before = assistant_dir
     for k, name in names.items():
         if not (out / name).exists():
-            if previous is None:
-                model = msd.make_student(load_for(run, assistant_dir, train=True), p.bottleneck, p.layers, p.recurrence, p.init, args.seed)
-            else:
-                model = load_for(run, out / previous, train=True)
-            run.save(train_stage(run, k, model, corpus, dev, {"teacher": teacher_dir, "assistant": assistant_dir}), out / name)
-        previous = name
+            model = load_for(run, before, train=True)
+            if before is assistant_dir:
+                model = msd.make_student(model, p.bottleneck, p.layers, p.recurrence, p.init, args.seed)
+            run.save(train_stage(run, k, model, corpus, dev, sources).save, out / name)
+        before = out / name
     if run.rank == 0:
         finish(run, teacher_dir, assistant_dir, names, sts, dev)
 
@@ -611,7 +577,7 @@ def train_stage(run, stage, model, corpus, dev, sources):
     few = dev and np.sort(np.random.default_rng(0).permutation(len(dev.pairs))[:1000])    # enough to rank checkpoints
     dev_loss = pair_batches(run, stage, model, dev, few, source, name)[1] if dev else None
     run.say(f"stage {stage}, {STAGES[stage].title}: {len(rows):,} pairs, {steps:,} steps of {p.batch[k]}, learning rate {p.lr[k]:g}")
-    return fit(run, f"stage {stage}", model, steps, p.lr[k], terms_at, dev_loss, STAGES[stage].layers)
+    return fit(run, f"stage {stage}", model, steps, p.lr[k], terms_at, dev_loss)
 
 
 # -------------------------------------------------------------------------------------------------------------- reports
@@ -650,14 +616,12 @@ def look(run, teacher, corpus):
 def finish(run, teacher_dir, assistant_dir, names, sts, dev):
     """Read the test sets, once; write results.json and print the table."""
     args, out = run.args, run.out
-    pairs = {}                                                  # {language: (english, translations)}
-    if dev:
-        languages = [m.group(1) if (m := re.search(r"en-([a-z]{2,3})\b", r["file"])) else r["file"] for r in dev.report]
-        ends = np.cumsum([r["kept"] for r in dev.report])
-        for language, end, r in zip(languages, ends, dev.report):
-            ids = dev.pairs[end - r["kept"]:end]
-            old = pairs.get(language, ([], []))
-            pairs[language] = old[0] + dev.texts(ids[:, 0]), old[1] + dev.texts(ids[:, 1])
+    pairs, end = {}, 0                                          # {language: (english, translations)}
+    for r in dev.report if dev else []:
+        m = re.search(r"en-([a-z]{2,3})\b", r["file"])
+        start, end = end, end + r["kept"]
+        for side, ids in zip(pairs.setdefault(m[1] if m else r["file"], ([], [])), dev.pairs[start:end].T):
+            side.extend(dev.texts(ids))
     pairs = {k: v for k, v in pairs.items() if v[0]}
     teacher = load_for(run, teacher_dir)
     scale = {"raw": None, "unit": 1.0, "scaled": teacher.config.hidden_size ** 0.5}[run.p.targets]
@@ -665,7 +629,7 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
     rows, cosines, begun = {}, {}, time.monotonic()
 
     def score(label, model):
-        rows[label], cosines[label] = msd.evaluate(model, sts, {} if label == "teacher" else pairs, goal, english_only=label == "teacher")
+        rows[label], cosines[label] = msd.evaluate(model, sts, pairs, goal, english_only=label == "teacher")
         rows[label]["sizes"] = msd.ledger(model.config)
         run.say(f"evaluated {label}: mean Spearman {msd.mean_spearman(rows[label]['spearman'])[0]:.1f} ({time.monotonic() - begun:.0f} s)")
         return model
@@ -680,23 +644,22 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
         score(f"student, stage {k}", load_for(run, out / name))
     entries = [e for x in (out / "log.jsonl").read_text(errors="replace").splitlines() if (e := _entry(x))]
     last = list(rows)[-1]
-    paths = ("teacher", "assistant", "train", "extra", "dev", "sts")
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    given = settings(run)
+    for k in ("teacher", "assistant", "train", "extra", "dev", "sts"):                  # names without folders: this file is made to be shown
+        given[k] = [Path(x).name for x in given[k]] if isinstance(given[k], list) else given[k] and Path(given[k]).name
     results = {"rows": rows, "bootstrap": msd.bootstrap(sts, cosines["assistant"], cosines[last]) if names and sts else None,
                "stages": [e for e in entries if e.get("done") and "stage" in e],
                "teacher_look": next(e["teacher"] for e in reversed(entries) if "teacher" in e),
-               "arguments": {k: bare(v) if k in paths else v for k, v in settings(run).items()},
-               "seed": args.seed, "git": git_revision(), "dtype": str(run.dtype)[6:], "threads": torch.get_num_threads(), "processes": run.world,
+               "arguments": given,
+               "seed": args.seed, "git": revision or None, "dtype": str(run.dtype)[6:], "threads": torch.get_num_threads(), "processes": run.world,
                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.device}", "python": platform.python_version(),
                "versions": {"torch": torch.__version__, "tokenizers": tokenizers.__version__, "numpy": np.__version__}}
     with atomic(out / "results.json") as tmp:
         tmp.write_text(json.dumps(results, indent=1))
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
     print_table(results)
-
-
-def bare(paths):
-    """Names without their folders: a results.json is made to be shown."""
-    return [bare(x) for x in paths] if isinstance(paths, list) else paths and Path(paths).name
 
 
 def print_table(results):
@@ -724,13 +687,6 @@ def print_table(results):
         print("\nstudent - assistant, with 95 % of paired resamples: " + ", ".join(bounds))
     seconds = ", ".join(f"{e['stage']} {e['seconds']:.0f} s" for e in results["stages"])
     print(f"\n{seconds}; {results['dtype']}, {results['threads']} threads, seed {results['seed']}", flush=True)
-
-
-def git_revision():
-    if not shutil.which("git"):
-        return None
-    done = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return done.stdout.strip() or None
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -762,25 +718,18 @@ def take(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process is working on this run; wait for it, or choose another --out") from None
     except (OSError, ValueError) as e:
         raise InputError(f"--out {folder}: not a folder that can be written ({e})") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"{folder}: another process is working on this run; wait for it, or choose another --out") from None
-    return lock
-
-
-def join(args):
-    """Meet the other processes, where torchrun started several."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
 
 
 def execute(args, preset):
     """Run, continue or report a run in args.out."""
-    join(args)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():          # torchrun has started several processes
+        dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
     if not dist.is_initialized() or dist.get_rank() == 0:
         lock = take(args.out)                                   # held until this function ends
         if args.restart:
@@ -825,13 +774,13 @@ def check(update):
             tmp.write_text(json.dumps(got, indent=1))
         return print(f"wrote {file}")
     if len(want["curve"]) != len(got["curve"]):
-        raise Stop(f"check failed: {len(got['curve'])} losses, the reference has {len(want['curve'])}", 1)
+        raise Stop(1, f"check failed: {len(got['curve'])} losses, the reference has {len(want['curve'])}")
     for (stage, step, old), (*at, new) in zip(want["curve"], got["curve"]):
         if at != [stage, step] or not abs(new - old) <= CURVE * old:
-            raise Stop(f"check failed: {stage}, step {step}: loss {new:.6f}, the reference has {old:.6f} (tolerance {CURVE:.0%})", 1)
+            raise Stop(1, f"check failed: {stage}, step {step}: loss {new:.6f}, the reference has {old:.6f} (tolerance {CURVE:.0%})")
     for row, old in want["spearman"].items():
         if not abs(got["spearman"][row] - old) <= SCORE:
-            raise Stop(f"check failed: {row}: Spearman {got['spearman'][row]:.2f}, the reference has {old:.2f} (tolerance {SCORE})", 1)
+            raise Stop(1, f"check failed: {row}: Spearman {got['spearman'][row]:.2f}, the reference has {old:.2f} (tolerance {SCORE})")
     worst = max(abs(n[2] - o[2]) / o[2] for o, n in zip(want["curve"], got["curve"]))
     furthest = max(abs(got["spearman"][k] - v) for k, v in want["spearman"].items())
     print(f"check passed: {len(want['curve'])} losses within {worst:.2%}, {len(want['spearman'])} scores within {furthest:.3f}")
