@@ -100,13 +100,15 @@ class Preset:
     max_lines: tuple = flag("read at most so many lines of each file, one or four with commas", (500_000, 300_000, 300_000, 500_000))
     vocab: int = flag("pieces of the multilingual vocabulary, where it is trained here; 15000 a language did better than 4000", 32_000,
                       lambda v: v >= 100, "100 or more")
+    align: int = flag("sentence pairs from which a vocabulary trained here learns its start, by word alignment; 0 does without",
+                      300_000, lambda v: v >= 0, "0 or more")
     warmup: float = flag("share of a stage's steps over which the learning rate rises", 0.1, lambda v: 0 <= v < 1, "0 up to 1")
     weight_decay: float = flag("AdamW's, not on biases and LayerNorm", 0.01, lambda v: 0 <= v < math.inf, "0 or more")
     clip: float = flag("largest gradient norm; a log full of much larger norms asks for a lower learning rate", 1.0, lambda v: v > 0)
 
 
 PRESETS = {
-    "demo": Preset(12, 2, 2, lr=(2e-3, 4e-3, 2e-3, 2e-3), epochs=(0.25, 1, 0.12, 0.18), dropout=0.0, vocab=4000),
+    "demo": Preset(12, 2, 2, lr=(2e-3, 4e-3, 2e-3, 2e-3), epochs=(0.25, 1, 0.12, 0.18), dropout=0.0, vocab=4000, align=0),
     "minilm": Preset(128, 6, 2, batch=(64, 256, 64, 64)),
     "xlmr": Preset(128, 3, 4, lr=(16e-5, 16e-5, 8e-5, 16e-5)),
 }
@@ -131,13 +133,45 @@ def init_weights(model, generator, std=0.02):
     return model
 
 
+def spans(first, n):
+    """The numbers first[i], first[i] + 1, ... of n[i] each, one after the other."""
+    return np.arange(n.sum()) + np.repeat(first - (np.cumsum(n) - n), n)
+
+
+def align(e, e_at, f, f_at, iterations=5, longest=200):
+    """Which English piece a foreign piece translates, from sentence pairs alone: IBM Model 1 (Brown et al. 1993) by EM.
+
+    e, e_at and f, f_at: tokenised English and foreign sentences, as Encoder.tokenize gives them; start and end tokens take
+    no part, nor do pairs of more than `longest` links, which say little and cost most. Returns, for each pair of pieces
+    that occur together, (foreign piece, English piece, expected number of links), each (L,)."""
+    n_e, n_f = np.diff(e_at) - 2, np.diff(f_at) - 2                                    # (n,) pieces of each sentence
+    use = (n_e * n_f > 0) & (n_e * n_f <= longest)
+    first, n_e, n_f = e_at[:-1][use] + 1, n_e[use], n_f[use]
+    pair = np.repeat(np.arange(len(n_f)), n_f)                                         # (m,) of each foreign token
+    width = n_e[pair]                                                                  # (m,) its candidates
+    token = np.repeat(np.arange(len(pair)), width)                                     # (l,) of each link
+    V = int(e.max(initial=0)) + 1
+    key = f[spans(f_at[:-1][use] + 1, n_f)].astype(np.int64)[token] * V + e[spans(first[pair], width)]
+    kinds, kind = np.unique(key, return_inverse=True)                                  # (L,), (l,)
+    english, t = kinds % V, np.ones(len(kinds))                                        # t(f | e), not yet normalised
+    count = np.zeros(len(kinds))
+    for _ in range(iterations if len(kinds) else 0):
+        p = t[kind]                                                                    # (l,) a link's share of its foreign token
+        p /= np.add.reduceat(p, np.cumsum(width) - width)[token]
+        count = np.bincount(kind, p, len(kinds))
+        t = count / np.bincount(english, count)[english]
+    return kinds // V, english, count
+
+
 @torch.no_grad()
-def make_assistant(teacher, tokenizer, pad_id):
+def make_assistant(teacher, tokenizer, pad_id, english=(), translations=()):
     """Where no multilingual checkpoint exists: the teacher's body with a new vocabulary, for stage 1 to train.
 
     Each new piece starts at the mean of the teacher's pieces for its text; special tokens take over the teacher's rows,
-    so what the teacher knows of English survives: piece by piece the two read nearly the same."""
-    word, old = teacher.embeddings.word.weight, teacher.tokenizer                      # (V, H)
+    so what the teacher knows of English survives: piece by piece the two read nearly the same. With sentence pairs, a
+    piece of another language starts at the mean of the teacher's pieces that it translates, by their share in align();
+    one that both sides use, at the mean of the two by occurrence."""
+    word, old = teacher.embeddings.word.weight.float(), teacher.tokenizer              # (V, H)
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda x: x[1])
     pieces = [p.replace("▁", " ").strip() for p, _ in vocab]
     ids = [e.ids for e in old.encode_batch(pieces, add_special_tokens=False)]
@@ -147,14 +181,24 @@ def make_assistant(teacher, tokenizer, pad_id):
         ids[tokenizer.token_to_id(name)] = [] if row is None else [row]
     flat = torch.tensor([i for row in ids for i in row])
     counts = torch.tensor([len(row) for row in ids])
-    table = torch.zeros(len(ids), word.shape[1]).index_add_(0, torch.repeat_interleave(counts), word[flat].float())
-    table = torch.where(counts[:, None] > 0, table / counts[:, None].clamp(min=1), word.float().mean(0))
-    table[pad_id] = 0
+    table = torch.zeros(len(ids), word.shape[1]).index_add_(0, torch.repeat_interleave(counts), word[flat])
+    table = torch.where(counts[:, None] > 0, table / counts[:, None].clamp(min=1), word.mean(0))
     # BERT counts positions from 0: a RoBERTa teacher's rows move down to where they will be read.
     first = teacher.config.first_position
     config = replace(teacher.config, vocab_size=len(ids), pad_token_id=pad_id, model_type="bert", normalize=False,
                      do_lower_case=False, max_position_embeddings=teacher.config.max_position_embeddings - first)
     model = Encoder(config, tokenizer, teacher.dtype)
+    if len(english):
+        f, e, n = (torch.from_numpy(x) for x in align(*teacher.tokenize(english), *model.tokenize(translations)))
+        own = torch.bincount(torch.from_numpy(model.tokenize(english)[0].astype(np.int64)), minlength=len(ids)).float()
+        linked = torch.zeros(len(ids)).index_add_(0, f, n.float())
+        meaning = torch.zeros_like(table)                                              # (V, H) sum of the linked rows
+        for part in torch.arange(len(f)).split(2 ** 18):                               # not all rows in memory at once
+            meaning.index_add_(0, f[part], word[e[part]] * n[part, None].float())
+        own[[tokenizer.token_to_id(x) for x in ("<s>", "</s>", "<unk>")]] = 1          # these have their rows already
+        linked_share = (linked / (own + linked).clamp(min=1e-9))[:, None]
+        table += linked_share * (meaning / linked.clamp(min=1e-9)[:, None] - table)
+    table[pad_id] = 0
     state = {k: v.float().clone() for k, v in teacher.state_dict().items()}
     state["embeddings.word.weight"], state["embeddings.position.weight"] = table, state["embeddings.position.weight"][first:]
     model.load_state_dict(state)

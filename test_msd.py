@@ -282,6 +282,49 @@ def test_new_vocabulary_starts_from_the_teachers_pieces(tokenizer, model_type):
     assert torch.equal(A.embeddings.position.weight, T.embeddings.position.weight[first:]) and A.config.first_position == 0
 
 
+def test_word_alignment_against_loops():
+    """IBM Model 1 as in a textbook: t(f | e) from dictionaries, one link at a time."""
+    english, foreign = [[7, 8], [7, 9], [9], [8, 8, 7]], [[1, 2], [1, 3], [3, 3], [2, 1]]
+    t = {(f, e): 1.0 for es, fs in zip(english, foreign) for e in es for f in fs}
+    for _ in range(5):
+        count = dict.fromkeys(t, 0.0)
+        for es, fs in zip(english, foreign):
+            for f in fs:
+                for e in es:
+                    count[f, e] += t[f, e] / sum(t[f, x] for x in es)
+        total = {e: sum(n for (_, x), n in count.items() if x == e) for _, e in t}
+        t = {(f, e): n / total[e] for (f, e), n in count.items()}
+    def flat(sentences):                                         # each between a start 50 and an end 51, then one without words
+        rows = [[50, *s, 51] for s in sentences] + [[50, 51]]
+        return np.concatenate(rows).astype(np.uint32), np.cumsum([0, *map(len, rows)])
+    f, e, n = msd.align(*flat(english), *flat(foreign))
+    assert {(int(a), int(b)): pytest.approx(c) for a, b, c in zip(f, e, n)} == count
+    assert count[1, 7] > 2 * count[1, 9] and n.sum() == pytest.approx(sum(map(len, foreign)))
+    short = msd.align(*flat(english), *flat(foreign), longest=4)                       # the last pair has six links
+    assert short[2].sum() == pytest.approx(6)
+    assert all(len(x) == 0 for x in msd.align(*flat([]), *flat([])))
+
+
+def test_new_vocabulary_learns_translations(tokenizer):
+    """A word of another language starts at the row of the English word it stands for, one of both at the mean of the two."""
+    T = tiny(tokenizer)
+    text = [("man", "mann"), ("man sun", "mann son"), ("sun", "son"), ("sun", "son"), ("son", "zon")]
+    new = data.train_tokenizer([x for pair in text * 20 for x in pair], 60, lower_case=True)
+    A = msd.make_assistant(T, new, 1, *zip(*text))
+    plain = msd.make_assistant(T, new, 1).embeddings.word.weight
+    def row(word):
+        ids = T.tokenizer.encode(word, add_special_tokens=False).ids
+        return T.embeddings.word.weight[ids].mean(0)
+    got = {w: A.embeddings.word.weight[new.token_to_id("▁" + w)] for w in ("man", "mann", "sun", "son", "zon")}
+    near = lambda a, b: float(torch.nn.functional.cosine_similarity(a, b, 0).detach())
+    assert torch.allclose(got["man"], row("man"), atol=1e-5) and torch.allclose(got["zon"], row("son"), atol=1e-5)
+    assert near(got["mann"], row("man")) > 0.95
+    both = (3 * row("sun") + row("son")) / 4                     # three times a translation of sun, once English itself
+    assert near(got["son"], both) > 0.95 > near(got["son"], row("son"))
+    for name in data.SPECIAL:
+        assert torch.equal(A.embeddings.word.weight[new.token_to_id(name)], plain[new.token_to_id(name)])
+
+
 def test_tokenizer_repeats_and_covers(tokenizer):
     text = [line for x in ("de", "ar") for line in (data.DEMO / f"{x}.txt").read_text("utf-8").splitlines()]
     one, two = (data.train_tokenizer(t, 300, lower_case=True).to_str() for t in (text, text[::-1]))

@@ -45,7 +45,7 @@ class Stop(Exception):
 # ------------------------------------------------------------------------------------------------------------ arguments
 # What may differ between a run and its continuation: results do not depend on it, or in their last bits only, but that
 # another device, --compile or number of processes draws other dropout masks.
-FREE = {"out", "cache", "restart", "save_seconds", "threads", "check", "check_update", "strict", "device", "compile"}
+FREE = {"out", "cache", "restart", "save_seconds", "threads", "check", "check_update", "strict", "device", "compile", "brief"}
 
 
 def parser():
@@ -71,6 +71,7 @@ def parser():
     ap.add_argument("--threads", type=int, help="CPU threads; the number of real cores is best")
     ap.add_argument("--compile", action="store_true", help="torch.compile the model; a minute or two at first, for long runs on a GPU")
     ap.add_argument("--evals", type=int, default=4, help="dev readings a stage; the best one's weights are kept")
+    ap.add_argument("--brief", action="store_true", help="only the assistant and the finished student in the table; for many short runs")
     ap.add_argument("--save-seconds", type=float, default=60, help="time between checkpoints; what a crash in training can cost you")
     ap.add_argument("--strict", action="store_true", help="stop at the first malformed line instead of dropping up to 1 %%")
     ap.add_argument("--restart", action="store_true", help="delete this run's models and checkpoints and start over")
@@ -551,7 +552,11 @@ def pipeline(run):
                 normalizer = teacher.tokenizer.normalizer
                 lower = teacher.config.do_lower_case or normalizer is not None and normalizer.normalize_str("A") == "a"
                 tokenizer = data.vocabulary(corpus, p.vocab, lower, args.cache, run.say)
-                msd.make_assistant(load(teacher_dir, "float32", "cpu"), tokenizer, data.SPECIAL.index("<pad>")).save(start)
+                some = np.sort(np.random.default_rng(0).permutation(len(corpus.pairs))[:p.align])
+                if len(some):
+                    run.say(f"vocabulary: its start from the alignment of {len(some):,} pairs")
+                msd.make_assistant(load(teacher_dir, "float32", "cpu"), tokenizer, data.SPECIAL.index("<pad>"),
+                                   *(corpus.texts(side) for side in corpus.pairs[some].T)).save(start)
         run.save(train_stage(run, 1, load_for(run, start, train=True), corpus, dev, sources).save, assistant_dir)
     names = {k: "student" if k == args.stages[-1] else f"stage{k}" for k in args.stages if k > 1}
     before = assistant_dir
@@ -635,12 +640,12 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
         return model
 
     score("teacher", teacher)
-    if (out / "start").exists():
+    if (out / "start").exists() and not args.brief:
         score("assistant, untrained", load_for(run, out / "start"))
     assistant = score("assistant", load_for(run, assistant_dir))
-    if names:
+    if names and not args.brief:
         score("student, untrained", msd.make_student(assistant, run.p.bottleneck, run.p.layers, run.p.recurrence, run.p.init, args.seed))
-    for k, name in names.items():
+    for k, name in [*names.items()][-1 if args.brief else 0:]:
         score(f"student, stage {k}", load_for(run, out / name))
     entries = [e for x in (out / "log.jsonl").read_text(errors="replace").splitlines() if (e := _entry(x))]
     last = list(rows)[-1]
