@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import re
 import struct
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from model import InputError, atomic, read_json
+from model import InputError, atomic, need, read_json, unit
 
 # ------------------------------------------------------------------------------------------------- the built-in corpus
 DEMO = Path(__file__).parent / "demo"
@@ -190,9 +189,8 @@ def read_pairs(path, report, strict=False, max_chars=250, max_lines=None):
         if text is not None and not text.strip():
             report["blank"] += 1
             continue
-        sides = [] if fault else [s.strip() for s in text.split("\t")]
-        if not fault and (len(sides) != 2 or not all(sides)):
-            fault = {1: "no tab", 2: "an empty side"}.get(len(sides), f"too many tabs ({len(sides) - 1})")
+        sides = [s.strip() for s in (text or "").split("\t")]
+        fault = fault or {1: "no tab", 2: "" if all(sides) else "an empty side"}.get(len(sides), f"too many tabs ({len(sides) - 1})")
         if fault:
             report["bad"][fault.split(" (")[0]] += 1
             place = f"{path}:{number}: {fault}; expected english<TAB>translation" + (f", found {text[:60]!r}" if text is not None else "")
@@ -219,21 +217,18 @@ def read_sts(folder):
             continue
         rows, name = [], f"{m[1]}-{m[2]}"
         for number, text, fault in read_lines(path):
-            cells = [] if fault else [c.strip() for c in text.split("\t")]
             try:
-                score = float(cells[2]) if len(cells) == 3 and cells[0] and cells[1] else math.nan
-            except ValueError:
-                score = math.nan
-            if not 0 <= score <= 5:
-                raise InputError(f"{path}:{number}: {fault or repr(text[:80])}: expected sentence<TAB>sentence<TAB>score from 0 to 5")
-            rows.append((cells[0], cells[1], score))
-        if len(rows) < 2:
-            raise InputError(f"{path}: {len(rows)} lines; a correlation needs two or more")
-        if name in sets:
-            raise InputError(f"{path}: a second file for {name} in {folder}; keep one")
-        sets[name] = [r[0] for r in rows], [r[1] for r in rows], np.array([r[2] for r in rows])
-    if not sets:
-        raise InputError(f"{folder}: no similarity sets; expected files named like STS.en-de.txt")
+                a, b, score = (c.strip() for c in (text or "").split("\t"))
+                ok = a and b and 0 <= float(score) <= 5
+            except ValueError:                                   # not three cells, or the third is no number
+                ok = False
+            need(ok, f"{path}:{number}: {fault or repr(text[:80])}: expected sentence<TAB>sentence<TAB>score from 0 to 5")
+            rows.append((a, b, float(score)))
+        need(len(rows) >= 2, f"{path}: {len(rows)} lines; a correlation needs two or more")
+        need(name not in sets, f"{path}: a second file for {name} in {folder}; keep one")
+        a, b, scores = zip(*rows)
+        sets[name] = list(a), list(b), np.array(scores)
+    need(sets, f"{folder}: no similarity sets; expected files named like STS.en-de.txt")
     return sets
 
 
@@ -295,9 +290,8 @@ def build_corpus(files, cache, extra=(), strict=False, max_chars=250, max_lines=
                         out.write(b"".join(hashlib.blake2b(x, digest_size=8).digest() for x in (s, t)))
                         out.write(struct.pack("<3IB", len(s), len(t), number, g))
                 n = out.tell() // pair.itemsize
-            if not n:
-                raise InputError(f"{', '.join(f[3] for f in files) or 'no files'}: no usable sentence pairs; "
-                                 f"expected english<TAB>translation lines of at most {max_chars} characters a side")
+            need(n, f"{', '.join(f[3] for f in files) or 'no files'}: no usable sentence pairs; "
+                 f"expected english<TAB>translation lines of at most {max_chars} characters a side")
             np.save(tmp / "text.npy", np.memmap(tmp / "raw", np.uint8, "r"))
             read = np.memmap(tmp / "pairs", pair, "r")
             np.save(tmp / "starts.npy", np.concatenate([[0], np.cumsum(read["size"].reshape(-1), dtype=np.int64)]))
@@ -326,7 +320,7 @@ def vocabulary(corpus, size, lower_case, cache, say=print):
     path, n = Path(cache) / f"vocabulary-{digest(1, corpus.key, size, lower_case)}.json", min(len(corpus.first), 2_000_000)
     if not path.exists():
         say(f"vocabulary: learning {size:,} pieces from {n:,} sentences")
-        tokenizer = train_tokenizer((t for i in range(0, n, 10000) for t in corpus.texts(np.arange(i, min(i + 10000, n)))), size, lower_case)
+        tokenizer = train_tokenizer((t for i in range(0, n, 10000) for t in corpus.texts(slice(i, i + 10000))), size, lower_case)
         with atomic(path) as tmp:
             tmp.write_text(tokenizer.to_str(), "utf-8")
     try:
@@ -344,7 +338,7 @@ def tokens(corpus, encoder, cache, chunk=20000):
             starts = [np.zeros(1, np.int64)]
             with open(tmp / "raw", "wb") as raw:
                 for i in range(0, len(corpus.first), chunk):
-                    flat, s = encoder.tokenize(corpus.texts(np.arange(i, min(i + chunk, len(corpus.first)))))
+                    flat, s = encoder.tokenize(corpus.texts(slice(i, i + chunk)))
                     raw.write(flat.tobytes())
                     starts.append(s[1:] + starts[-1][-1])
             np.save(tmp / "ids.npy", np.memmap(tmp / "raw", np.uint32, "r"))
@@ -353,30 +347,31 @@ def tokens(corpus, encoder, cache, chunk=20000):
     return open_array(folder / "ids.npy"), open_array(folder / "starts.npy")
 
 
-def vectors(corpus, ids, encoder, fingerprint, cache, layers=True, scale=1.0, unit=False, progress=None, chunk=8192):
+def as_targets(v, form):
+    """An encoder's vectors (n, H) as targets: raw, unit, or scaled, which is unit times the root of the width.
+
+    Raw is the paper's. Unit vectors have a variance of 1/H a dimension, so their MSE drowns beside the contrastive term:
+    10 points lost on the demo. Scaled to variance 1 they end near raw. Figures in the README."""
+    return v if form == "raw" else unit(v) * (v.shape[1] ** 0.5 if form == "scaled" else 1)
+
+
+def vectors(corpus, ids, encoder, fingerprint, cache, layers=True, form="raw", progress=None, chunk=8192):
     """An encoder's vectors (len(ids), H) of the sentences numbered `ids`, a memory-mapped float16 file made once.
 
-    fingerprint: names the encoder's weights. unit: on the sphere; scale: multiplies them. progress: called with (done, all)."""
-    key = digest(corpus.key, ids.tobytes(), fingerprint, str(encoder.dtype), encoder.config.max_seq_length, layers, scale, unit)
+    fingerprint: names the encoder's weights. form: as_targets. progress: called with (done, all)."""
+    key = digest(corpus.key, ids.tobytes(), fingerprint, str(encoder.dtype), encoder.config.max_seq_length, layers, form)
     path = Path(cache) / f"vectors-{key}.npy"
     if not path.exists():
-        with atomic(path) as tmp:
-            out = np.lib.format.open_memmap(tmp, "w+", np.float16, (len(ids), encoder.config.hidden_size))
-            with open(tmp, "r+b") as f:                     # a full disk is an error here, not a crash in the mapping
-                os.posix_fallocate(f.fileno(), 0, tmp.stat().st_size)
+        with atomic(path) as tmp, open(tmp, "wb") as f:
+            np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": (len(ids), encoder.config.hidden_size)})
             for i in range(0, len(ids), chunk):
                 v = encoder.embed(*encoder.tokenize(corpus.texts(ids[i:i + chunk])), layers=layers)
-                v = v / np.linalg.norm(v, axis=1, keepdims=True) if unit else v
-                out[i:i + chunk] = scale * v
-                if not np.isfinite(out[i:i + chunk]).all():
-                    raise InputError(f"the source of {path.name}: its vectors are not finite in float16; is this a trained sentence encoder?")
+                v = as_targets(v, form).astype(np.float16)
+                need(np.isfinite(v).all(), f"the source of {path.name}: its vectors are not finite in float16; is this a trained sentence encoder?")
+                f.write(v)
                 if progress:
                     progress(min(i + chunk, len(ids)), len(ids))
-            out.flush()
-    out = open_array(path)
-    if out.shape != (len(ids), encoder.config.hidden_size) or out.dtype != np.float16:
-        raise InputError(f"{path}: damaged cache entry ({out.dtype} {out.shape}); delete it and run again")
-    return out
+    return open_array(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- batches

@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,11 @@ from torch import nn
 
 class InputError(Exception):
     """What the user gave cannot be used. The message names the file, the value, what was expected and the fix."""
+
+
+def need(ok, message):
+    if not ok:
+        raise InputError(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -36,9 +42,7 @@ def sync(path):
 def atomic(path):
     """Yield a temporary name beside `path`, a file's or a folder's; on success it takes the place of `path` by a rename,
     on failure it goes. A kill at any moment leaves a file's old content or its new, never a part; a folder likewise,
-    where there was none before.
-
-    Raises: InputError where the disk is full or not writable, naming the path; what was at `path` stays."""
+    where there was none before. Raises: InputError where it cannot be written, naming the path."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,16 +70,15 @@ def atomic(path):
                          "Free some space or choose another folder, then run the same command again") from e
 
 
-def read_json(path):
-    """The object in a JSON file. Raises: InputError naming the file if it is missing, malformed or not an object."""
+def read_json(path, kind=dict):
+    """The value of a JSON file. Raises: InputError naming the file if it is missing, malformed or not of this kind."""
     try:
         value = json.loads(Path(path).read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: not readable as JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    need(isinstance(value, kind), f"{path}: expected a JSON {kind.__name__}, found {type(value).__name__}")
     return value
 
 
@@ -84,10 +87,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def _no_duplicates(pairs):
-    keys = [k for k, _ in pairs]
-    if len(keys) != len(set(keys)):
-        raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
-    return dict(pairs)
+    if len(pairs) != len(out := dict(pairs)):
+        raise ValueError("duplicate key")
+    return out
 
 
 def _count(value, limit=2 ** 62):
@@ -100,8 +102,7 @@ def read_safetensors(path, to=None, copy=False):
     converted, with `copy` all are copied, one at a time, and the pages they came from are given back.
     Raises: InputError with the file and the reason."""
     def check(ok, reason):
-        if not ok:
-            raise InputError(f"{path}: not a valid safetensors file: {reason}. Fetch or export it again")
+        need(ok, f"{path}: not a valid safetensors file: {reason}. Fetch or export it again")
 
     try:
         with open(path, "rb") as f:
@@ -126,8 +127,8 @@ def read_safetensors(path, to=None, copy=False):
               f"{name!r} needs exactly dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         check(isinstance(dtype, str) and dtype in DTYPES, f"{name!r} has dtype {dtype!r}, known are {', '.join(DTYPES)}")
-        check(isinstance(shape, list) and all(map(_count, shape)), f"{name!r} has shape {shape!r}")
-        check(isinstance(offsets, list) and len(offsets) == 2 and all(map(_count, offsets)), f"{name!r} has offsets {offsets!r}")
+        check(all(isinstance(x, list) and all(map(_count, x)) for x in (shape, offsets)) and len(offsets) == 2,
+              f"{name!r} has shape {shape!r} and offsets {offsets!r}")
         (a, b), kind = offsets, DTYPES[dtype]
         check(a <= b <= size - 8 - length, f"{name!r} ends at byte {b} of {size - 8 - length}; the file is truncated or damaged")
         check(b - a == math.prod(shape) * kind.itemsize, f"{name!r} is {dtype} {shape} but has {b - a} bytes")
@@ -215,8 +216,7 @@ def read_config(folder, pad_id, table, layers):
     raw = {**DEFAULTS, **read_json(file), **modules}
 
     def check(ok, name, expected):
-        if not ok:
-            raise InputError(f"{file}: {name} is {raw.get(name)!r}, expected {expected}")
+        need(ok, f"{file}: {name} is {raw.get(name)!r}, expected {expected}")
 
     check(raw.get("model_type") in FAMILIES, "model_type", f"one of {', '.join(FAMILIES)}; other families are not supported")
     for name in REQUIRED:
@@ -247,35 +247,29 @@ def read_config(folder, pad_id, table, layers):
     settings, place = (read_json(beside), beside) if modules and beside.exists() else (raw, file)
     limit = config.max_position_embeddings - config.first_position
     tokens, lower = (default if settings.get(k) is None else settings[k] for k, default in (("max_seq_length", limit), ("do_lower_case", False)))
-    if not _count(tokens) or min(tokens, limit) < 3 or not isinstance(lower, bool):
-        raise InputError(f"{place}: max_seq_length {tokens!r} ({limit} positions), do_lower_case {lower!r}; "
-                         "expected whole numbers over 2, and true or false")
+    need(_count(tokens) and min(tokens, limit) > 2 and isinstance(lower, bool), f"{place}: max_seq_length {tokens!r} ({limit} positions), "
+         f"do_lower_case {lower!r}; expected whole numbers over 2, and true or false")
     return replace(config, max_seq_length=min(tokens, limit), do_lower_case=lower)
 
 
 def _modules(root):
     """(folder of the transformer, {"pooling", "normalize"}) from a sentence-transformers modules.json, where there is one."""
-    if not (root / "modules.json").exists():
+    file, known = root / "modules.json", ["Transformer", "Pooling", "Normalize"]
+    if not file.exists():
         return root, {}
     try:
-        modules = json.loads((root / "modules.json").read_text("utf-8"))
-        kinds = [(m["type"].rsplit(".", 1)[-1], root / m["path"]) for m in modules]
-    except (ValueError, RecursionError, OSError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{root / 'modules.json'}: not a list of modules with type and path ({e})") from None
+        kinds = [(m["type"].rsplit(".", 1)[-1], root / m["path"]) for m in read_json(file, list)]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{file}: not a list of modules with type and path ({e})") from None
     names = [k for k, _ in kinds]
     for name in names:
-        if name not in ("Transformer", "Pooling", "Normalize"):
-            raise InputError(f"{root / 'modules.json'}: module {name} is not supported, only Transformer, Pooling, Normalize")
-    if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise InputError(f"{root / 'modules.json'}: modules {names}, expected Transformer, Pooling and perhaps Normalize, in this order")
+        need(name in known, f"{file}: module {name} is not supported, only {', '.join(known)}")
+    need(names in (known, known[:2]), f"{file}: modules {names}, expected Transformer, Pooling and perhaps Normalize, in this order")
     file = kinds[1][1] / "config.json"
     raw = read_json(file)
-    flags = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
-             "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len"}
-    modes = [flags.get(k, k) for k, v in raw.items() if k.startswith("pooling_mode_") and v is not False]
-    modes = [raw["pooling_mode"]] if "pooling_mode" in raw else modes
-    if len(modes) != 1 or modes[0] not in POOLINGS:
-        raise InputError(f"{file}: pooling {modes}, expected exactly one of {', '.join(POOLINGS)}")
+    modes = [raw["pooling_mode"]] if "pooling_mode" in raw else [       # pooling_mode_mean_tokens, pooling_mode_cls_token, ...
+        re.sub("^pooling_mode_|_tokens?$", "", k) for k, v in raw.items() if k.startswith("pooling_mode_") and v is not False]
+    need(len(modes) == 1 and modes[0] in POOLINGS, f"{file}: pooling {modes}, expected exactly one of {', '.join(POOLINGS)}")
     return kinds[0][1], {"pooling": modes[0], "normalize": len(names) == 3}
 
 
@@ -370,7 +364,6 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.tokenizer = tokenizer
         if tokenizer is not None:
-            tokenizer.no_padding()
             tokenizer.enable_truncation(config.max_seq_length)
 
     @property
@@ -423,8 +416,7 @@ class Encoder(nn.Module):
         if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
             raise TypeError("encode() takes a list of strings")
         out = self.embed(*self.tokenize(texts))
-        unit = self.config.normalize if normalize is None else normalize
-        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12) if unit else out
+        return unit(out) if (self.config.normalize if normalize is None else normalize) else out
 
     def save(self, folder):
         """Write a self-describing model directory, atomically: config.json, tokenizer.json, model.safetensors (float32).
@@ -446,6 +438,10 @@ def pad(flat, starts, rows, pad_id):
     ids = np.full(mask.shape, pad_id, np.int64)
     ids[mask] = flat[(start[:, None] + t)[mask]]
     return ids, mask
+
+
+def unit(x):
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def put(array, device):
@@ -476,14 +472,12 @@ def to_hf(state):
 def from_hf(tensors):
     """Hugging Face's names to ours: the inverse of to_hf. Names it does not know, and a query, key or value that stands
     alone, pass through, for a strict load to list."""
-    out = {}
+    out, tensors = {}, dict(tensors)
+    for query in [name for name in tensors if QKV[0] in name]:
+        parts = [query.replace(QKV[0], part) for part in QKV]
+        if tensors[query].dim() and all(p in tensors and tensors[p].shape == tensors[query].shape for p in parts):
+            tensors[query.replace(QKV[0], "qkv")] = torch.cat([tensors.pop(p) for p in parts])
     for name, t in tensors.items():
-        if part := next((part for part in QKV if part in name), None):
-            parts = [tensors.get(name.replace(part, other)) for other in QKV]
-            if all(p is not None and p.shape == t.shape and p.dim() for p in parts):
-                if part != QKV[0]:
-                    continue
-                name, t = name.replace(part, "qkv"), torch.cat(parts)
         for ours, theirs in sorted(NAMES.items(), key=lambda item: -len(item[1])):
             name = name.replace(theirs, ours, 1)
         out[name] = t
@@ -491,8 +485,7 @@ def from_hf(tensors):
 
 
 def read_weights(folder, to=None, copy=False):
-    """All tensors of a directory by our names, pooler and position_ids left out, from one file or its shards; to and
-    copy as in read_safetensors."""
+    """All tensors of a directory by our names, pooler and position_ids left out; to, copy: as in read_safetensors."""
     folder = Path(folder)
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if file.exists():
@@ -516,10 +509,9 @@ def read_weights(folder, to=None, copy=False):
         short = short.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if short.startswith("pooler.") or short.endswith("position_ids"):
             continue
-        for fault, what in ((short in out, "is there twice"), (not t.is_floating_point(), f"has dtype {t.dtype}, expected a floating one"),
-                            (not torch.isfinite(t.sum()), "holds values that are not finite; the model is broken, use another checkpoint")):
-            if fault:
-                raise InputError(f"{folder}: weight {name} {what}")
+        need(short not in out, f"{folder}: weight {name} is there twice")
+        need(t.is_floating_point(), f"{folder}: weight {name} has dtype {t.dtype}, expected a floating one")
+        need(torch.isfinite(t.sum()), f"{folder}: weight {name} holds values that are not finite; the model is broken, use another checkpoint")
         out[short] = t
     return from_hf(out)
 
@@ -543,7 +535,6 @@ def read_tokenizer(folder):
         raise InputError(f"{file}: no pad token (looked for {', '.join(repr(n) for n in dict.fromkeys(names) if n)}); "
                          "batches cannot be formed without one")
     tokenizer.no_padding()
-    tokenizer.no_truncation()
     ends = tokenizer.encode("").ids
     if len(ends) < 2:
         raise InputError(f"{file}: adds no start and end tokens to a sentence; its post_processor is missing. Save it again with transformers")
@@ -555,12 +546,10 @@ def read_tokenizer(folder):
 def best_dtype(device):
     """(dtype, why): bfloat16 where the device multiplies it faster than float32."""
     if torch.device(device).type == "cuda":
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
-        return (torch.bfloat16, "the GPU has bfloat16 units") if has else (torch.float32, "the GPU has no bfloat16 units")
-    for has, name in ((torch.cpu._is_amx_tile_supported(), "AMX"), (torch.cpu._is_avx512_bf16_supported(), "AVX512-BF16")):
-        if has:
-            return torch.bfloat16, f"the CPU has {name}"
-    return torch.float32, "the CPU has no bfloat16 units"
+        what, has = "GPU", torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        what, has = "CPU", torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return (torch.bfloat16, f"the {what} has bfloat16 units") if has else (torch.float32, f"the {what} has no bfloat16 units")
 
 
 def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=math.inf):
@@ -571,32 +560,27 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     dropout: in training; max_tokens: truncate to fewer tokens than the files say.
     Raises: InputError naming the file and the fix for anything missing, damaged or unsupported."""
     root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such model directory")
+    need(root.is_dir(), f"{root}: no such model directory; expected config.json, tokenizer.json and model.safetensors in it")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype not in (None, "float32", "bfloat16"):
-        raise InputError(f"dtype {dtype!r}: expected 'float32', 'bfloat16' or None")
+    need(dtype in (None, "float32", "bfloat16"), f"dtype {dtype!r}: expected 'float32', 'bfloat16' or None")
     kind = getattr(torch, dtype) if dtype else best_dtype(device)[0]
     body = _modules(root)[0]
     tokenizer, pad_id = read_tokenizer(body)
     state = read_weights(body, torch.float32 if train else kind, copy=train)
     table = state.get("embeddings.word.weight")
-    if table is None or table.dim() != 2:
-        raise InputError(f"{body / 'model.safetensors'}: no 2-dimensional embeddings.word_embeddings.weight in it; "
-                         "not an encoder of a supported family")
+    need(table is not None and table.dim() == 2, f"{body / 'model.safetensors'}: no 2-dimensional embeddings.word_embeddings.weight in it; "
+         "not an encoder of a supported family")
     layers = len({k.split(".")[1] for k in state if k.startswith("layers.")})
     config = read_config(root, pad_id, table.shape, layers)
     config = replace(config, dropout=dropout, max_seq_length=min(config.max_seq_length, max_tokens))
-    if (largest := max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)) >= config.vocab_size:
-        raise InputError(f"{body / 'tokenizer.json'}: token ids up to {largest}, "
-                         f"but the word table has {config.vocab_size} rows; they are not of one model")
+    largest = max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
+    need(largest < config.vocab_size, f"{body / 'tokenizer.json'}: token ids up to {largest}, but the word table has {config.vocab_size} rows; "
+         "they are not of one model")
     with torch.device("meta"):                                   # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, kind)
     want = {k: v.shape for k, v in model.state_dict().items()}
     faults = [f"missing {k}" for k in want if k not in state] + [f"unexpected {k}" for k in state if k not in want] + [
         f"{k} has shape {tuple(state[k].shape)}, expected {tuple(s)}" for k, s in want.items() if k in state and state[k].shape != s]
-    if faults:
-        raise InputError(f"{body}: the weights do not fit config.json: {'; '.join(faults[:12])}" +
-                         (f"; and {len(faults) - 12} more" if len(faults) > 12 else ""))
+    need(not faults, f"{body}: {len(faults)} weights do not fit config.json: {'; '.join(faults[:12])}{' ...' * (len(faults) > 12)}")
     model.load_state_dict(state, assign=True)
     return model.to(device).requires_grad_(train).train(train)

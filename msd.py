@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from data import read_lines
-from model import Config, Encoder, InputError, load, read_json
+from model import Config, Encoder, InputError, load, need, read_json, unit
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -133,25 +133,19 @@ def init_weights(model, generator, std=0.02):
     return model
 
 
-def spans(first, n):
-    """The numbers first[i], first[i] + 1, ... of n[i] each, one after the other."""
-    return np.arange(n.sum()) + np.repeat(first - (np.cumsum(n) - n), n)
-
-
 def align(e, e_at, f, f_at, iterations=5, longest=200):
     """Which English piece a foreign piece translates, from sentence pairs alone: IBM Model 1 (Brown et al. 1993) by EM.
 
     e, e_at and f, f_at: tokenised English and foreign sentences, as Encoder.tokenize gives them; start and end tokens take
     no part, nor do pairs of more than `longest` links, which say little and cost most. Returns, for each pair of pieces
     that occur together, (foreign piece, English piece, expected number of links), each (L,)."""
-    n_e, n_f = np.diff(e_at) - 2, np.diff(f_at) - 2                                    # (n,) pieces of each sentence
-    use = (n_e * n_f > 0) & (n_e * n_f <= longest)
-    first, n_e, n_f = e_at[:-1][use] + 1, n_e[use], n_f[use]
-    pair = np.repeat(np.arange(len(n_f)), n_f)                                         # (m,) of each foreign token
-    width = n_e[pair]                                                                  # (m,) its candidates
-    token = np.repeat(np.arange(len(pair)), width)                                     # (l,) of each link
-    V = int(e.max(initial=0)) + 1
-    key = f[spans(f_at[:-1][use] + 1, n_f)].astype(np.int64)[token] * V + e[spans(first[pair], width)]
+    V, keys, width = int(e.max(initial=0)) + 1, [np.zeros(0, np.int64)], []
+    for a, b, c, d in zip(e_at[:-1] + 1, e_at[1:] - 1, f_at[:-1] + 1, f_at[1:] - 1):
+        if 0 < (b - a) * (d - c) <= longest:                                           # each foreign piece with each English one
+            keys.append((f[c:d, None].astype(np.int64) * V + e[a:b]).ravel())
+            width += [b - a] * (d - c)
+    key, width = np.concatenate(keys), np.array(width, np.int64)                       # (l,) links; (m,) of each foreign token
+    token = np.repeat(np.arange(len(width)), width)                                    # (l,)
     kinds, kind = np.unique(key, return_inverse=True)                                  # (L,), (l,)
     english, t = kinds % V, np.ones(len(kinds))                                        # t(f | e), not yet normalised
     count = np.zeros(len(kinds))
@@ -207,12 +201,10 @@ def make_assistant(teacher, tokenizer, pad_id, english=(), translations=()):
 
 def check_sizes(c, B, K, R):
     """Raises: InputError where an assistant of Config c cannot give a student of these sizes."""
-    for ok, what in ((1 <= K <= c.num_hidden_layers, f"--layers {K}: expected 1 to {c.num_hidden_layers}, the assistant's"),
-                     (0 <= B < c.hidden_size, f"--bottleneck {B}: expected less than {c.hidden_size}, the assistant's hidden size, or 0 for none"),
-                     (R >= 1, f"--recurrence {R}: expected 1 or more"),
-                     (c.bottleneck_size == 0, "the assistant has a bottleneck itself; give the full-size model")):
-        if not ok:
-            raise InputError(what)
+    need(1 <= K <= c.num_hidden_layers, f"--layers {K}: expected 1 to {c.num_hidden_layers}, the assistant's")
+    need(0 <= B < c.hidden_size, f"--bottleneck {B}: expected less than {c.hidden_size}, the assistant's hidden size, or 0 for none")
+    need(R >= 1, f"--recurrence {R}: expected 1 or more")
+    need(c.bottleneck_size == 0, "the assistant has a bottleneck itself; give the full-size model")
 
 
 @torch.no_grad()
@@ -270,10 +262,6 @@ def spearman(x, y):
     return float(a @ b / norm) if norm else float("nan")
 
 
-def unit(x):
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
 def similarity_scores(encode, sets):
     """{"en-de": cosine of each pair (n,)} for the sets of data.read_sts; every distinct sentence is encoded once."""
     texts = list(dict.fromkeys(t for a, b, _ in sets.values() for t in (*a, *b)))
@@ -319,16 +307,12 @@ def bootstrap(sets, a, b, n=1000, seed=0):
     return {name: [float(x[i]) for x in (whole, low, high)] for i, name in enumerate(("all", "mono", "cross"))}
 
 
-def evaluate(model, sets, dev, dev_targets, english_only=False):
+def evaluate(model, sets, dev, dev_targets):
     """(one row of the table, cosines by set): Spearman x 100 by set, accuracy both ways and 100 x MSE to the teacher by
-    dev language.
-
-    sets: data.read_sts; dev: {language: (english, translations)}; dev_targets: {language: teacher's vectors (n, H)}.
-    english_only: an English teacher is scored on English alone."""
-    sets = {k: v for k, v in sets.items() if k == "en-en" or not english_only}
-    cosines = similarity_scores(model.encode, sets) if sets else {}
+    dev language. sets: data.read_sts; dev: {language: (english, translations)}; dev_targets: {language: vectors (n, H)}."""
+    cosines = similarity_scores(model.encode, sets)
     row = {"spearman": {k: 100 * spearman(c, sets[k][2]) for k, c in cosines.items()}, "accuracy": {}, "mse": {}}
-    for language, (english, translated) in ({} if english_only else dev).items():
+    for language, (english, translated) in dev.items():
         x, y = (model.encode(list(side), normalize=False) for side in (english, translated))
         row["accuracy"][language] = retrieval(x, y)
         row["mse"][language] = [100 * float(np.square(v - dev_targets[language]).mean()) for v in (x, y)]
@@ -381,11 +365,9 @@ def read_texts(path):
     """The lines of a text file or, for "-", of standard input."""
     out = []
     for number, text, fault in read_lines("/dev/stdin" if path == "-" else path):
-        if fault:
-            raise InputError(f"{path}:{number}: {fault}")
+        need(not fault, f"{path}:{number}: {fault}")
         out.append(text)
-    if not out:
-        raise InputError(f"{path}: no lines to read")
+    need(out, f"{path}: no lines to read")
     return out
 
 

@@ -1069,11 +1069,13 @@ def test_widths_must_match(world, tokenizer, tmp_path):
 def test_ablations_by_flags(world, finished, tmp_path):
     """No bottleneck, no contrast, stages 2-4 from a given assistant, noise as the start: each runs to the table."""
     for flags, rows in ((["--bottleneck", "0", "--layers", "3", "--recurrence", "1"], ["student, stage 3", "student, stage 4"]), (["--no-contrast", "--stages", "4", "--assistant", world / "whole" / "assistant"], ["student, stage 4"]),
-                        (["--init", "paper", "--stages", "2-3", "--assistant", world / "whole" / "assistant", "--targets", "unit"], ["student, stage 2", "student, stage 3"])):
+                        (["--init", "paper", "--stages", "2-3", "--assistant", world / "whole" / "assistant", "--targets", "unit", "--brief"], ["student, stage 3"])):
         out = tmp_path / flags[0].strip("-")
         done = run(command(world, out, *flags))
         assert done.returncode == 0, done.stderr
-        assert [k for k in json.loads((out / "results.json").read_text())["rows"] if "stage" in k] == rows
+        table = list(json.loads((out / "results.json").read_text())["rows"])
+        assert [k for k in table if "stage" in k] == rows
+    assert table == ["teacher", "assistant", *rows]              # --brief
 
 
 # ---------------------------------------------------------------------------------------------------------- many processes

@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 import data
 import msd
-from model import Encoder, InputError, atomic, best_dtype, load, pad, put, read_json, read_safetensors, write_safetensors
+from model import Encoder, InputError, atomic, best_dtype, load, need, pad, put, read_json, read_safetensors, write_safetensors
 from msd import PRESETS, STAGES, Preset
 
 
@@ -92,8 +92,7 @@ def parse(argv):
             raise InputError(f"unknown flag {name}" + _nearest(name, flags))
     args = ap.parse_args(argv)
     args.preset = args.preset or ("minilm" if args.train or args.teacher else "demo")
-    if args.preset not in PRESETS:
-        raise InputError(f"unknown preset {args.preset!r}" + _nearest(args.preset, PRESETS))
+    need(args.preset in PRESETS, f"unknown preset {args.preset!r}" + _nearest(args.preset, PRESETS))
     changes = {}
     for f in dataclasses.fields(Preset):
         text, old = getattr(args, f.name), getattr(PRESETS[args.preset], f.name)
@@ -105,19 +104,16 @@ def parse(argv):
             values = tuple(kind(v) for v in text.split(","))
         except ValueError:
             raise InputError(f"{name} {text!r}: expected {kind.__name__} values") from None
-        if len(values) not in ((1, 4) if four else (1,)):
-            raise InputError(f"{name} {text!r}: expected one value" + four * " or four, for stages 1 to 4")
-        if not all(map(f.metadata["ok"], values)):
-            raise InputError(f"{name} {text}: expected {f.metadata['expected']}")
+        need(len(values) == 1 or four and len(values) == 4, f"{name} {text!r}: expected one value" + four * " or four, for stages 1 to 4")
+        need(all(map(f.metadata["ok"], values)), f"{name} {text}: expected {f.metadata['expected']}")
         changes[f.name] = (values * 4)[:4] if four else values[0]
     p = dataclasses.replace(PRESETS[args.preset], **changes)
     if p.bottleneck == 0 and args.lr is None:                   # the paper lowers stage 3's rate for the bottleneck alone
         p = dataclasses.replace(p, lr=(p.lr[0], p.lr[1], p.lr[0], p.lr[3]))
-    for name, ok, expected in (("seed", 0 <= args.seed < 2 ** 31, "0 or more"),
-                               ("threads", args.threads is None or 1 <= args.threads <= 1024, "1 or more"),
-                               ("evals", args.evals >= 1, "1 or more"), ("save-seconds", args.save_seconds >= 0, "0 or more")):
-        if not ok:
-            raise InputError(f"--{name}: expected {expected}")
+    need(0 <= args.seed < 2 ** 31, "--seed: expected 0 or more")
+    need(args.threads is None or 1 <= args.threads <= 1024, "--threads: expected 1 or more")
+    need(args.evals >= 1, "--evals: expected 1 or more")
+    need(args.save_seconds >= 0, "--save-seconds: expected 0 or more")
     try:
         if torch.device(args.device).type == "cuda":            # each process of torchrun has a GPU of its own
             args.device = f"cuda:{os.environ.get('LOCAL_RANK', torch.device(args.device).index or 0)}"
@@ -128,16 +124,14 @@ def parse(argv):
     spans = [re.fullmatch(r" *([1-4])(?:-([1-4]))? *", part) for part in args.stages.split(",")]
     wanted = {k for m in spans if m for k in range(int(m[1]), int(m[2] or m[1]) + 1)}
     args.stages = sorted(wanted - {2} if p.bottleneck == 0 else wanted)         # without a bottleneck there is nothing to align
-    if not all(spans) or not args.stages:
-        raise InputError("--stages: expected stages 1 to 4, such as 1-4 or 1,4; stage 2 alone needs a bottleneck")
-    if 1 not in args.stages and not args.assistant:
-        raise InputError(f"--stages {args.stages} without stage 1 needs --assistant DIR, a trained multilingual encoder")
+    need(all(spans) and args.stages, "--stages: expected stages 1 to 4, such as 1-4 or 1,4; stage 2 alone needs a bottleneck")
+    need(1 in args.stages or args.assistant, f"--stages {args.stages} without stage 1 needs --assistant DIR, a trained multilingual encoder")
     own = args.preset != "demo" or args.train or args.teacher or args.dev or args.sts or args.extra
-    if own and not (args.train and args.teacher):
-        raise InputError("your own data needs both --teacher DIR and --train GLOB; for the built-in corpus leave out these, --dev, --sts and --extra")
+    need(not own or args.train and args.teacher,
+         "your own data needs both --teacher DIR and --train GLOB; for the built-in corpus leave out these, --dev, --sts and --extra")
     args.languages = args.languages.split(",")
-    if unknown := [x for x in args.languages if x not in data.LANGUAGES]:
-        raise InputError(f"unknown language {unknown[0]!r}; the built-in corpus has {', '.join(data.LANGUAGES)}")
+    for x in args.languages:
+        need(x in data.LANGUAGES, f"unknown language {x!r}; the built-in corpus has {', '.join(data.LANGUAGES)}")
     args.out = Path(args.out or f"runs/{args.preset}")
     return args, p
 
@@ -149,13 +143,12 @@ def _nearest(word, known):
 
 def expand(patterns, flag):
     """Files of a list of glob patterns. Raises: InputError for a pattern that matches nothing."""
-    files = []
+    files = set()
     for pattern in patterns:
-        found = [f for f in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(f)]
-        if not found:
-            raise InputError(f"{flag} {pattern}: no such file")
-        files += found
-    return sorted(set(files))
+        found = {f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)}
+        need(found, f"{flag} {pattern}: no such file")
+        files |= found
+    return sorted(files)
 
 
 # -------------------------------------------------------------------------------------------------------------- the run
@@ -298,7 +291,10 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None):
         best = {k[5:]: v.clone() for k, v in state.items() if k.startswith("best.")} or None
         run.say(f"{name}: continues at step {start} of {steps}")
     del state
-    trim_log(run, name, start)
+    if run.rank == 0:                                           # the log forgets what came after that checkpoint
+        kept = [e for e in read_log(run.out) if e.get("stage") != name or e.get("step", start) < start]
+        with atomic(run.out / "log.jsonl") as tmp:
+            tmp.write_text("".join(json.dumps(e) + "\n" for e in kept))
 
     def save(step):
         state = {f"model.{k}": q for k, q in named.items()}
@@ -367,22 +363,13 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None):
     return model
 
 
-def trim_log(run, name, start):
-    """Take from the log what an interrupted run wrote after the checkpoint that is continued."""
-    file = run.out / "log.jsonl"
-    if file.exists() and run.rank == 0:
-        lines = file.read_text(errors="replace").splitlines()
-        kept = [x for x in lines if (e := _entry(x)) and (e.get("stage") != name or e.get("step", start) < start)]
-        with atomic(file) as tmp:
-            tmp.write_text("".join(x + "\n" for x in kept))
-
-
-def _entry(line):
-    try:
-        entry = json.loads(line)
-        return entry if isinstance(entry, dict) and isinstance(entry.get("step", 0), int) else None
-    except ValueError:                                          # the last line of a killed run may be cut
-        return None
+def read_log(folder):
+    """The entries of a run's log, but for a last line that a kill has cut."""
+    file, entries = folder / "log.jsonl", []
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -401,14 +388,15 @@ def pair_batches(run, stage, model, corpus, rows, source, name, epochs=None):
     steps = max(1, math.ceil((epochs or 1) * len(first)))
     seen = corpus.pairs[rows[np.concatenate(first[:steps])]]                           # all of them from one pass on
     ids = np.unique(seen if s.own else seen[:, 0])
-    # Raw targets, as in the paper. Unit vectors have a variance of 1/H a dimension, so their MSE drowns beside the
-    # contrastive term: 10 points lost on the demo. Scaled to variance 1 they end near raw. Figures in the README.
-    H, form = source.config.hidden_size, {}
-    if s.source == "teacher":
-        form = {"unit": run.p.targets != "raw", "scale": H ** 0.5 if run.p.targets == "scaled" else 1.0}
+    form = run.p.targets if s.source == "teacher" else "raw"
     with run.first():
-        vectors = data.vectors(corpus, ids, source, name, cache, s.layers, progress=progress(run, f"targets of stage {stage}"), **form)
-    orders, live = {0: first}, share(run, model) if epochs else model
+        vectors = data.vectors(corpus, ids, source, name, cache, s.layers, form, progress(run, f"targets of stage {stage}"))
+    orders, live = {0: first}, model                           # live: what training calls
+    if epochs and run.args.compile:
+        torch.compiler.reset()                                  # a stage's model is new; the last one's code counts against a limit
+        model.compile(dynamic=True)
+    if epochs and run.world > 1:                                # averages the gradients over the processes
+        live = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def side(ids):
         return tuple(put(a, run.args.device) for a in pad(flat, starts, ids, model.config.pad_token_id))
@@ -438,14 +426,6 @@ def pair_batches(run, stage, model, corpus, rows, source, name, epochs=None):
         return float(total) / len(rows)
 
     return terms_at, loss, steps
-
-
-def share(run, model):
-    """What a stage calls in training: the model, compiled if asked for, its gradients averaged over the processes."""
-    if run.args.compile:
-        torch.compiler.reset()                                  # a stage's model is new; the last one's code counts against a limit
-        model.compile(dynamic=True)
-    return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if run.world > 1 else model
 
 
 def part_of(run, n):
@@ -482,11 +462,8 @@ def progress(run, what):
 
 
 def fingerprint(folder):
-    """Names a model directory by its content. Raises: InputError where there is none."""
-    files = sorted(f for pattern in ("**/*.safetensors", "**/*.json") for f in Path(folder).glob(pattern))
-    if not files:
-        raise InputError(f"{folder}: no model directory; expected config.json, tokenizer.json and model.safetensors in it")
-    return data.digest(*files)
+    """Names a model directory by its content."""
+    return data.digest(*sorted(f for pattern in ("**/*.safetensors", "**/*.json") for f in Path(folder).glob(pattern)))
 
 
 def load_for(run, folder, train=False):
@@ -528,9 +505,8 @@ def pipeline(run):
             demo_teacher(run, teacher_dir)
     teacher = load_for(run, teacher_dir)
     given = load_for(run, args.assistant) if args.assistant else None
-    if given and given.config.hidden_size != teacher.config.hidden_size:
-        raise InputError(f"{args.assistant}: hidden size {given.config.hidden_size}, "
-                         f"but the teacher {teacher_dir} has {teacher.config.hidden_size}; their vectors are compared, so the widths must match")
+    H, width = teacher.config.hidden_size, (given or teacher).config.hidden_size
+    need(width == H, f"{args.assistant}: hidden size {width}, but the teacher {teacher_dir} has {H}; they are compared, so the widths must match")
     if args.stages != [1]:
         msd.check_sizes((given or teacher).config, p.bottleneck, p.layers, p.recurrence)
     sts = data.read_sts(args.sts) if args.sts else {}
@@ -546,27 +522,26 @@ def pipeline(run):
     start = Path(args.assistant or out / "start")
     assistant_dir = out / "assistant" if 1 in args.stages else start
     sources = {"teacher": teacher_dir, "assistant": assistant_dir}
-    if 1 in args.stages and not assistant_dir.exists():
-        with run.first():
-            if not start.exists():
-                normalizer = teacher.tokenizer.normalizer
-                lower = teacher.config.do_lower_case or normalizer is not None and normalizer.normalize_str("A") == "a"
-                tokenizer = data.vocabulary(corpus, p.vocab, lower, args.cache, run.say)
-                some = np.sort(np.random.default_rng(0).permutation(len(corpus.pairs))[:p.align])
-                if len(some):
-                    run.say(f"vocabulary: its start from the alignment of {len(some):,} pairs")
-                msd.make_assistant(load(teacher_dir, "float32", "cpu"), tokenizer, data.SPECIAL.index("<pad>"),
-                                   *(corpus.texts(side) for side in corpus.pairs[some].T)).save(start)
-        run.save(train_stage(run, 1, load_for(run, start, train=True), corpus, dev, sources).save, assistant_dir)
-    names = {k: "student" if k == args.stages[-1] else f"stage{k}" for k in args.stages if k > 1}
-    before = assistant_dir
+    with run.first():
+        if not start.exists() and not assistant_dir.exists():
+            normalizer = teacher.tokenizer.normalizer
+            lower = teacher.config.do_lower_case or normalizer is not None and normalizer.normalize_str("A") == "a"
+            tokenizer = data.vocabulary(corpus, p.vocab, lower, args.cache, run.say)
+            some = np.sort(np.random.default_rng(0).permutation(len(corpus.pairs))[:p.align])
+            if len(some):
+                run.say(f"vocabulary: its start from the alignment of {len(some):,} pairs")
+            msd.make_assistant(load(teacher_dir, "float32", "cpu"), tokenizer, data.SPECIAL.index("<pad>"),
+                               *(corpus.texts(side) for side in corpus.pairs[some].T)).save(start)
+    names = {k: "assistant" if k == 1 else "student" if k == args.stages[-1] else f"stage{k}" for k in args.stages}
+    before = start
     for k, name in names.items():
         if not (out / name).exists():
             model = load_for(run, before, train=True)
-            if before is assistant_dir:
+            if k > 1 and before == assistant_dir:
                 model = msd.make_student(model, p.bottleneck, p.layers, p.recurrence, p.init, args.seed)
             run.save(train_stage(run, k, model, corpus, dev, sources).save, out / name)
         before = out / name
+    names.pop(1, None)
     if run.rank == 0:
         finish(run, teacher_dir, assistant_dir, names, sts, dev)
 
@@ -605,10 +580,9 @@ def look(run, teacher, corpus):
     ids = np.unique(corpus.pairs[:, 0])
     texts = corpus.texts(np.sort(np.random.default_rng(0).permutation(ids)[:4000]))
     flat, starts = teacher.tokenize(texts)
-    v, H = teacher.embed(flat, starts), teacher.config.hidden_size
-    v = v if run.p.targets == "raw" else msd.unit(v) * (1 if run.p.targets == "unit" else H ** 0.5)
+    v = data.as_targets(teacher.embed(flat, starts), run.p.targets)
     seen = {**msd.look(v), "truncated": float((np.diff(starts) >= teacher.config.max_seq_length).mean())}
-    run.say(f"teacher: width {H}, mean norm {seen['norm']:.3f}, mean cosine of different sentences {seen['cosine']:.3f}, "
+    run.say(f"teacher: width {seen['width']}, mean norm {seen['norm']:.3f}, mean cosine of different sentences {seen['cosine']:.3f}, "
             f"{seen['truncated']:.1%} truncated; "
             f"MSE of the best constant guess {seen['constant_mse']:.5f}: a loss near it has learnt nothing")
     if run.p.targets == "unit":
@@ -629,12 +603,12 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
             side.extend(dev.texts(ids))
     pairs = {k: v for k, v in pairs.items() if v[0]}
     teacher = load_for(run, teacher_dir)
-    scale = {"raw": None, "unit": 1.0, "scaled": teacher.config.hidden_size ** 0.5}[run.p.targets]
-    goal = {k: (lambda v: v if scale is None else scale * msd.unit(v))(teacher.encode(english, normalize=False)) for k, (english, _) in pairs.items()}
+    goal = {k: data.as_targets(teacher.encode(english, normalize=False), run.p.targets) for k, (english, _) in pairs.items()}
     rows, cosines, begun = {}, {}, time.monotonic()
 
     def score(label, model):
-        rows[label], cosines[label] = msd.evaluate(model, sts, pairs, goal, english_only=label == "teacher")
+        english = {k: v for k, v in sts.items() if k == "en-en"}                       # all that an English teacher is scored on
+        rows[label], cosines[label] = msd.evaluate(model, *((english, {}) if label == "teacher" else (sts, pairs)), goal)
         rows[label]["sizes"] = msd.ledger(model.config)
         run.say(f"evaluated {label}: mean Spearman {msd.mean_spearman(rows[label]['spearman'])[0]:.1f} ({time.monotonic() - begun:.0f} s)")
         return model
@@ -647,8 +621,7 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
         score("student, untrained", msd.make_student(assistant, run.p.bottleneck, run.p.layers, run.p.recurrence, run.p.init, args.seed))
     for k, name in [*names.items()][-1 if args.brief else 0:]:
         score(f"student, stage {k}", load_for(run, out / name))
-    entries = [e for x in (out / "log.jsonl").read_text(errors="replace").splitlines() if (e := _entry(x))]
-    last = list(rows)[-1]
+    entries, last = read_log(out), list(rows)[-1]
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     given = settings(run)
@@ -771,30 +744,26 @@ def check(update):
     with tempfile.TemporaryDirectory() as tmp:
         args, preset = parse([*CHECK, "--out", f"{tmp}/run", "--cache", f"{tmp}/cache"])
         execute(args, preset)
-        log = [json.loads(x) for x in (args.out / "log.jsonl").read_text().splitlines()]
-        got = {"curve": [[e["stage"], e["step"], e["loss"]] for e in log if "loss" in e][::5],
+        got = {"curve": [[e["stage"], e["step"], e["loss"]] for e in read_log(args.out) if "loss" in e][::5],
                "spearman": {k: msd.mean_spearman(r["spearman"])[0] for k, r in read_json(args.out / "results.json")["rows"].items()}}
     if update:
         with atomic(file) as tmp:
             tmp.write_text(json.dumps(got, indent=1))
         return print(f"wrote {file}")
-    if len(want["curve"]) != len(got["curve"]):
-        raise Stop(1, f"check failed: {len(got['curve'])} losses, the reference has {len(want['curve'])}")
-    for (stage, step, old), (*at, new) in zip(want["curve"], got["curve"]):
-        if at != [stage, step] or not abs(new - old) <= CURVE * old:
-            raise Stop(1, f"check failed: {stage}, step {step}: loss {new:.6f}, the reference has {old:.6f} (tolerance {CURVE:.0%})")
-    for row, old in want["spearman"].items():
-        if not abs(got["spearman"][row] - old) <= SCORE:
-            raise Stop(1, f"check failed: {row}: Spearman {got['spearman'][row]:.2f}, the reference has {old:.2f} (tolerance {SCORE})")
-    worst = max(abs(n[2] - o[2]) / o[2] for o, n in zip(want["curve"], got["curve"]))
-    furthest = max(abs(got["spearman"][k] - v) for k, v in want["spearman"].items())
-    print(f"check passed: {len(want['curve'])} losses within {worst:.2%}, {len(want['spearman'])} scores within {furthest:.3f}")
+    if [e[:2] for e in got["curve"]] != [e[:2] for e in want["curve"]]:
+        raise Stop(1, f"check failed: {len(got['curve'])} losses, the reference has {len(want['curve'])}, or at other steps")
+    losses = [(f"{stage}, step {step}: loss", e[2], old, CURVE * old) for (stage, step, old), e in zip(want["curve"], got["curve"])]
+    scores = [(f"{row}: Spearman", got["spearman"][row], old, SCORE) for row, old in want["spearman"].items()]
+    for what, new, old, tolerance in losses + scores:
+        if not abs(new - old) <= tolerance:
+            raise Stop(1, f"check failed: {what} {new:.6f}, the reference has {old:.6f} (tolerance {tolerance:.6f})")
+    print(f"check passed: {len(losses)} losses within {max(abs(n - o) / o for _, n, o, _ in losses):.2%}, "
+          f"{len(scores)} scores within {max(abs(n - o) for _, n, o, _ in scores):.3f}")
 
 
 def main(argv=None):
     args, preset = parse(sys.argv[1:] if argv is None else argv)
-    if (args.check or args.check_update) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("--check is for one process; start it without torchrun")
+    need(not (args.check or args.check_update) or int(os.environ.get("WORLD_SIZE", 1)) == 1, "--check is for one process; start it without torchrun")
     try:
         check(args.check_update) if args.check or args.check_update else execute(args, preset)
     except Stop as e:
