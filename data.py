@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import struct
@@ -364,6 +365,8 @@ def vectors(corpus, ids, encoder, fingerprint, cache, layers=True, form="raw", p
     if not path.exists():
         with atomic(path) as tmp, open(tmp, "wb") as f:
             np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": (len(ids), encoder.config.hidden_size)})
+            f.flush()                                       # a full disk is an error now, not after hours of encoding
+            os.posix_fallocate(f.fileno(), 0, f.tell() + 2 * len(ids) * encoder.config.hidden_size)
             for i in range(0, len(ids), chunk):
                 v = encoder.embed(*encoder.tokenize(corpus.texts(ids[i:i + chunk])), layers=layers)
                 v = as_targets(v, form).astype(np.float16)

@@ -24,6 +24,7 @@ class InputError(Exception):
 
 
 def need(ok, message):
+    """Raises: InputError with the message unless ok."""
     if not ok:
         raise InputError(message)
 
@@ -78,7 +79,7 @@ def read_json(path, kind=dict):
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: not readable as JSON ({e})") from None
-    need(isinstance(value, kind), f"{path}: expected a JSON {kind.__name__}, found {type(value).__name__}")
+    need(isinstance(value, kind), f"{path}: expected a JSON {'list' if kind is list else 'object'}, found {type(value).__name__}")
     return value
 
 
@@ -88,7 +89,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def _no_duplicates(pairs):
     if len(pairs) != len(out := dict(pairs)):
-        raise ValueError("duplicate key")
+        keys = [k for k, _ in pairs]
+        raise ValueError(f"duplicate key {max(keys, key=keys.count)!r}")
     return out
 
 

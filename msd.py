@@ -91,7 +91,8 @@ class Preset:
     batch: tuple = flag("pairs a step, one or four with commas; in stage 4 each pair is contrasted with the rest of its batch", (64, 128, 64, 64))
     epochs: tuple = flag("passes over the pairs, one or four with commas; fractions are fine, 0.1 is a quick look", (20, 10, 10, 60),
                          lambda v: 0 < v < 1e6)
-    init: str = flag("start of the bottleneck: svd of the assistant's table, or paper (noise)", "svd", ("svd", "paper").__contains__, "svd or paper")
+    init: str = flag("start of the bottleneck: svd of the assistant's table, text (the same, weighted by how often a piece occurs: "
+                     "for large vocabularies), or paper (noise)", "svd", ("svd", "text", "paper").__contains__, "svd, text or paper")
     targets: str = flag("the teacher's vectors: raw (before Normalize), unit, or scaled (unit times the root of the width)", "raw",
                         ("raw", "unit", "scaled").__contains__, "raw, unit or scaled")
     dropout: float = flag("0 suits one or a few passes; 0.1 for the paper's long schedule", 0.1, lambda v: 0 <= v < 1, "0 up to 1")
@@ -134,17 +135,18 @@ def init_weights(model, generator, std=0.02):
 
 
 def align(e, e_at, f, f_at, iterations=5, longest=200):
-    """Which English piece a foreign piece translates, from sentence pairs alone: IBM Model 1 (Brown et al. 1993) by EM.
+    """Which English piece a foreign piece translates, from sentence pairs alone: IBM Model 1 (Brown et al. 1993), by EM,
+    without its empty word.
 
     e, e_at and f, f_at: tokenised English and foreign sentences, as Encoder.tokenize gives them; start and end tokens take
-    no part, nor do pairs of more than `longest` links, which say little and cost most. Returns, for each pair of pieces
+    no part, nor do pairs of more than `longest` links, which say little and cost most: of 9 words a side one in five. Returns, for each pair of pieces
     that occur together, (foreign piece, English piece, expected number of links), each (L,)."""
     V, keys, width = int(e.max(initial=0)) + 1, [np.zeros(0, np.int64)], []
     for a, b, c, d in zip(e_at[:-1] + 1, e_at[1:] - 1, f_at[:-1] + 1, f_at[1:] - 1):
         if 0 < (b - a) * (d - c) <= longest:                                           # each foreign piece with each English one
             keys.append((f[c:d, None].astype(np.int64) * V + e[a:b]).ravel())
             width += [b - a] * (d - c)
-    key, width = np.concatenate(keys), np.array(width, np.int64)                       # (l,) links; (m,) of each foreign token
+    key, keys, width = np.concatenate(keys), None, np.array(width, np.int64)                       # (l,) links; (m,) of each foreign token
     token = np.repeat(np.arange(len(width)), width)                                    # (l,)
     kinds, kind = np.unique(key, return_inverse=True)                                  # (L,), (l,)
     english, t = kinds % V, np.ones(len(kinds))                                        # t(f | e), not yet normalised
@@ -163,11 +165,11 @@ def make_assistant(teacher, tokenizer, pad_id, english=(), translations=()):
 
     Each new piece starts at the mean of the teacher's pieces for its text; special tokens take over the teacher's rows,
     so what the teacher knows of English survives: piece by piece the two read nearly the same. With sentence pairs, a
-    piece of another language starts at the mean of the teacher's pieces that it translates, by their share in align();
-    one that both sides use, at the mean of the two by occurrence."""
+    piece of another language starts at the mean of the teacher's pieces that it translates, by their share in align(),
+    if a pair that takes part there holds it; one that English uses, too, at the mean of both starts, by links and tokens."""
     word, old = teacher.embeddings.word.weight.float(), teacher.tokenizer              # (V, H)
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda x: x[1])
-    pieces = [p.replace("▁", " ").strip() for p, _ in vocab]
+    pieces = [p.replace("▁", " ") for p, _ in vocab]                                   # the space matters to a RoBERTa teacher
     ids = [e.ids for e in old.encode_batch(pieces, add_special_tokens=False)]
     start, end = (old.encode("").ids[i] for i in (0, -1))
     unk = old.token_to_id("[UNK]") if old.token_to_id("[UNK]") is not None else old.token_to_id("<unk>")
@@ -186,10 +188,10 @@ def make_assistant(teacher, tokenizer, pad_id, english=(), translations=()):
         f, e, n = (torch.from_numpy(x) for x in align(*teacher.tokenize(english), *model.tokenize(translations)))
         own = torch.bincount(torch.from_numpy(model.tokenize(english)[0].astype(np.int64)), minlength=len(ids)).float()
         linked = torch.zeros(len(ids)).index_add_(0, f, n.float())
+        linked[tokenizer.token_to_id("<unk>")] = 0                                     # has its row already
         meaning = torch.zeros_like(table)                                              # (V, H) sum of the linked rows
-        for part in torch.arange(len(f)).split(2 ** 18):                               # not all rows in memory at once
+        for part in torch.arange(len(f)).split(2 ** 14):                               # not all rows in memory at once
             meaning.index_add_(0, f[part], word[e[part]] * n[part, None].float())
-        own[[tokenizer.token_to_id(x) for x in ("<s>", "</s>", "<unk>")]] = 1          # these have their rows already
         linked_share = (linked / (own + linked).clamp(min=1e-9))[:, None]
         table += linked_share * (meaning / linked.clamp(min=1e-9)[:, None] - table)
     table[pad_id] = 0
@@ -208,11 +210,12 @@ def check_sizes(c, B, K, R):
 
 
 @torch.no_grad()
-def make_student(assistant, B, K, R, init="svd", seed=0):
+def make_student(assistant, B, K, R, init="svd", seed=0, counts=None):
     """The student before stage 2 (or, without a bottleneck, 3): B -> H embedding block, the assistant's first K layers, R times.
 
     init: "svd" starts the bottleneck from the truncated SVD of the assistant's word table, with its positions, token
-    types and LayerNorm; "paper" starts the whole block from noise. Raises: InputError for sizes that do not fit."""
+    types and LayerNorm; "text" weights each row by its piece's occurrences, counts (V,): least error over the text, not
+    over the vocabulary; "paper" starts the whole block from noise. Raises: InputError for sizes that do not fit."""
     c = assistant.config
     check_sizes(c, B, K, R)
     student = Encoder(replace(c, bottleneck_size=B, num_hidden_layers=K, recurrence=R), assistant.tokenizer, assistant.dtype)
@@ -229,9 +232,10 @@ def make_student(assistant, B, K, R, init="svd", seed=0):
         return student
     # The right singular vectors of E are the eigenvectors of E'E, which is only (H, H): exact, and no copy of E.
     gram = torch.zeros(c.hidden_size, c.hidden_size, dtype=torch.float64, device=E.device)
-    for rows in E.split(16384):
+    n = torch.ones(len(E)) if init == "svd" else torch.from_numpy(counts)              # (V,)
+    for rows, weight in zip(E.split(16384), n.to(E.device).double().split(16384)):
         rows = rows.double()
-        gram += rows.T @ rows
+        gram += rows.T @ (rows * weight[:, None])
     P = torch.linalg.eigh(gram)[1][:, -B:].float()                                     # (H, B), the B largest
     ours.word.weight.copy_(E.float() @ P)                                              # E ~ (E P) P'
     ours.project.weight.copy_(P)

@@ -258,6 +258,11 @@ def test_student_start(tokenizer):
     U, s, Vt = torch.linalg.svd(E, full_matrices=False)
     ours = (S.embeddings.word.weight @ S.embeddings.project.weight.T - E).norm()
     assert ours.item() == pytest.approx(float(s[8:].norm()), rel=1e-4)                 # Eckart-Young: nothing is closer
+    counts = 10000 // np.arange(1, len(E) + 1)
+    W, root = msd.make_student(A, 8, 2, 3, "text", counts=counts), torch.tensor(counts)[:, None].sqrt()
+    tail = torch.linalg.svdvals(root * E)[8:].norm()                                   # the same, over the occurrences in a text
+    assert (root * (W.embeddings.word.weight @ W.embeddings.project.weight.T - E)).norm().item() == pytest.approx(float(tail), rel=1e-4)
+    assert (root * (S.embeddings.word.weight @ S.embeddings.project.weight.T - E)).norm() > 1.01 * tail
     for part in ("position", "token_type", "norm"):
         assert torch.equal(getattr(S.embeddings, part).weight, getattr(A.embeddings, part).weight)
     noise = msd.make_student(A, 8, 2, 3, init="paper")
@@ -308,8 +313,8 @@ def test_word_alignment_against_loops():
 def test_new_vocabulary_learns_translations(tokenizer):
     """A word of another language starts at the row of the English word it stands for, one of both at the mean of the two."""
     T = tiny(tokenizer)
-    text = [("man", "mann"), ("man sun", "mann son"), ("sun", "son"), ("sun", "son"), ("son", "zon")]
-    new = data.train_tokenizer([x for pair in text * 20 for x in pair], 60, lower_case=True)
+    text = [("man", "mann"), ("man sun", "mann son"), ("sun", "son"), ("sun", "son"), ("son", "zon"), ("man", "猫")]
+    new = data.train_tokenizer([x for pair in text[:-1] * 20 for x in pair], 60, lower_case=True)
     A = msd.make_assistant(T, new, 1, *zip(*text))
     plain = msd.make_assistant(T, new, 1).embeddings.word.weight
     def row(word):
@@ -323,6 +328,7 @@ def test_new_vocabulary_learns_translations(tokenizer):
     assert near(got["son"], both) > 0.95 > near(got["son"], row("son"))
     for name in data.SPECIAL:
         assert torch.equal(A.embeddings.word.weight[new.token_to_id(name)], plain[new.token_to_id(name)])
+    assert 3 in new.encode("猫").ids                              # a character that the vocabulary lacks moves no special row
 
 
 def test_tokenizer_repeats_and_covers(tokenizer):
@@ -1052,9 +1058,9 @@ except M.InputError as e:
 @pytest.mark.parametrize("flags, message", [
     (["--presets", "demo"], "unknown flag --presets; did you mean --preset"), (["--preset", "minlm"], "did you mean minilm"), (["--stages", "5"], "expected stages 1 to 4"),
     (["--stages", "2-4"], "needs --assistant"), (["--lr", "fast"], "--lr 'fast': expected float"), (["--epochs", "1,2"], "one value or four"),
-    (["--init", "svdd"], "expected svd or paper"), (["--train", "nowhere*.tsv", "--teacher", "x"], "--train nowhere*.tsv: no such file"), (["--teacher", "x"], "needs both"),
+    (["--init", "svdd"], "expected svd, text or paper"), (["--train", "nowhere*.tsv", "--teacher", "x"], "--train nowhere*.tsv: no such file"), (["--teacher", "x"], "needs both"),
     (["--dropout", "1.5"], "expected 0 up to 1"), (["--seed", "x"], "invalid int value"), (["--languages", "de,xx"], "unknown language 'xx'"), (["--layers", "0"], "--layers 0: expected 1 or more"), (["--device", "nonsense"], "is not usable here"),
-    (["--layers", "9"], "--layers 9: expected 1 to 4")])
+    (["--layers", "9"], "--layers 9: expected 1 to 4"), (["--stages", "2-4", "--assistant", "nowhere"], "nowhere: no model directory")])
 def test_bad_commands(flags, message, tmp_path):
     done = run([sys.executable, HERE / "train.py", "--out", tmp_path / "run", "--cache", tmp_path / "cache", *flags])
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and not list(tmp_path.glob("run/*/")) and not (tmp_path / "run" / "run.json").exists()
@@ -1068,7 +1074,7 @@ def test_widths_must_match(world, tokenizer, tmp_path):
 
 def test_ablations_by_flags(world, finished, tmp_path):
     """No bottleneck, no contrast, stages 2-4 from a given assistant, noise as the start: each runs to the table."""
-    for flags, rows in ((["--bottleneck", "0", "--layers", "3", "--recurrence", "1"], ["student, stage 3", "student, stage 4"]), (["--no-contrast", "--stages", "4", "--assistant", world / "whole" / "assistant"], ["student, stage 4"]),
+    for flags, rows in ((["--bottleneck", "0", "--layers", "3", "--recurrence", "1"], ["student, stage 3", "student, stage 4"]), (["--no-contrast", "--stages", "4", "--init", "text", "--assistant", world / "whole" / "assistant"], ["student, stage 4"]),
                         (["--init", "paper", "--stages", "2-3", "--assistant", world / "whole" / "assistant", "--targets", "unit", "--brief"], ["student, stage 3"])):
         out = tmp_path / flags[0].strip("-")
         done = run(command(world, out, *flags))

@@ -364,12 +364,12 @@ def fit(run, name, model, steps, lr, terms_at, dev_loss=None):
 
 
 def read_log(folder):
-    """The entries of a run's log, but for a last line that a kill has cut."""
+    """The entries of a run's log; a line that cannot be read, such as the last one of a killed run, is left out."""
     file, entries = folder / "log.jsonl", []
     for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
-    return entries
+    return [e for e in entries if isinstance(e, dict)]
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -462,8 +462,10 @@ def progress(run, what):
 
 
 def fingerprint(folder):
-    """Names a model directory by its content."""
-    return data.digest(*sorted(f for pattern in ("**/*.safetensors", "**/*.json") for f in Path(folder).glob(pattern)))
+    """Names a model directory by its content. Raises: InputError where there is none."""
+    files = sorted(f for pattern in ("**/*.safetensors", "**/*.json") for f in Path(folder).glob(pattern))
+    need(files, f"{folder}: no model directory; expected config.json, tokenizer.json and model.safetensors in it")
+    return data.digest(*files)
 
 
 def load_for(run, folder, train=False):
@@ -534,16 +536,23 @@ def pipeline(run):
                                *(corpus.texts(side) for side in corpus.pairs[some].T)).save(start)
     names = {k: "assistant" if k == 1 else "student" if k == args.stages[-1] else f"stage{k}" for k in args.stages}
     before = start
+
+    def untrained(assistant):
+        tokens = data.tokens(corpus, assistant, args.cache)[0][:10 ** 7]               # sentences are in no order: a fair sample
+        return msd.make_student(assistant, p.bottleneck, p.layers, p.recurrence, p.init, args.seed,
+                                np.bincount(tokens, minlength=assistant.config.vocab_size))
+
     for k, name in names.items():
         if not (out / name).exists():
             model = load_for(run, before, train=True)
             if k > 1 and before == assistant_dir:
-                model = msd.make_student(model, p.bottleneck, p.layers, p.recurrence, p.init, args.seed)
+                with run.first():
+                    model = untrained(model)
             run.save(train_stage(run, k, model, corpus, dev, sources).save, out / name)
         before = out / name
     names.pop(1, None)
     if run.rank == 0:
-        finish(run, teacher_dir, assistant_dir, names, sts, dev)
+        finish(run, teacher_dir, assistant_dir, names, sts, dev, untrained)
 
 
 def train_stage(run, stage, model, corpus, dev, sources):
@@ -592,8 +601,8 @@ def look(run, teacher, corpus):
     run.log(teacher=seen)
 
 
-def finish(run, teacher_dir, assistant_dir, names, sts, dev):
-    """Read the test sets, once; write results.json and print the table."""
+def finish(run, teacher_dir, assistant_dir, names, sts, dev, untrained):
+    """Read the test sets, once; write results.json and print the table. untrained: makes the student's start of the assistant."""
     args, out = run.args, run.out
     pairs, end = {}, 0                                          # {language: (english, translations)}
     for r in dev.report if dev else []:
@@ -618,7 +627,7 @@ def finish(run, teacher_dir, assistant_dir, names, sts, dev):
         score("assistant, untrained", load_for(run, out / "start"))
     assistant = score("assistant", load_for(run, assistant_dir))
     if names and not args.brief:
-        score("student, untrained", msd.make_student(assistant, run.p.bottleneck, run.p.layers, run.p.recurrence, run.p.init, args.seed))
+        score("student, untrained", untrained(assistant))
     for k, name in [*names.items()][-1 if args.brief else 0:]:
         score(f"student, stage {k}", load_for(run, out / name))
     entries, last = read_log(out), list(rows)[-1]
@@ -685,7 +694,8 @@ def same_run(run):
     if file.exists():
         before = read_json(file)
         for key in sorted(set(now) | set(before)):
-            if now.get(key) != before.get(key):
+            need(key in before, f"{run.out}: started by another version of this code, which knew no {key}; choose another --out, or --restart")
+            if now.get(key) != before[key]:
                 raise InputError(f"{run.out}: this run was started with {key} {before.get(key)!r}, now it is {now.get(key)!r}. "
                                  "Give the old value to continue, another --out for a new run, or --restart to start over")
     run.identity = now
@@ -722,7 +732,7 @@ def execute(args, preset):
         signal.signal(number, run.on_signal)
     same_run(run)
     if (args.out / "results.json").exists():
-        run.say("this run is finished; --restart starts over")
+        run.say("this run is finished; without its results.json the same command evaluates it again, --restart starts over")
         try:
             return run.rank == 0 and print_table(read_json(args.out / "results.json"))
         except (KeyError, TypeError, AttributeError):
@@ -750,9 +760,10 @@ def check(update):
         with atomic(file) as tmp:
             tmp.write_text(json.dumps(got, indent=1))
         return print(f"wrote {file}")
-    if [e[:2] for e in got["curve"]] != [e[:2] for e in want["curve"]]:
-        raise Stop(1, f"check failed: {len(got['curve'])} losses, the reference has {len(want['curve'])}, or at other steps")
-    losses = [(f"{stage}, step {step}: loss", e[2], old, CURVE * old) for (stage, step, old), e in zip(want["curve"], got["curve"])]
+    old, new = ([f"{stage}, step {step}: loss" for stage, step, _ in x["curve"]] for x in (want, got))
+    if old != new:
+        raise Stop(1, f"check failed: {len(new)} losses, the last {new[-1]}; the reference has {len(old)}, the last {old[-1]}")
+    losses = [(name, e[2], o[2], CURVE * o[2]) for name, o, e in zip(old, want["curve"], got["curve"])]
     scores = [(f"{row}: Spearman", got["spearman"][row], old, SCORE) for row, old in want["spearman"].items()]
     for what, new, old, tolerance in losses + scores:
         if not abs(new - old) <= tolerance:
