@@ -139,14 +139,14 @@ def align(e, e_at, f, f_at, iterations=5, longest=200):
     without its empty word.
 
     e, e_at and f, f_at: tokenised English and foreign sentences, as Encoder.tokenize gives them; start and end tokens take
-    no part, nor do pairs of more than `longest` links, which say little and cost most: of 9 words a side one in five. Returns, for each pair of pieces
-    that occur together, (foreign piece, English piece, expected number of links), each (L,)."""
+    no part, nor do pairs of more than `longest` links, which say little and cost most: one in five at 9 words a side.
+    Returns, for each two pieces that occur together, (foreign piece, English piece, expected number of links), each (L,)."""
     V, keys, width = int(e.max(initial=0)) + 1, [np.zeros(0, np.int64)], []
     for a, b, c, d in zip(e_at[:-1] + 1, e_at[1:] - 1, f_at[:-1] + 1, f_at[1:] - 1):
         if 0 < (b - a) * (d - c) <= longest:                                           # each foreign piece with each English one
             keys.append((f[c:d, None].astype(np.int64) * V + e[a:b]).ravel())
             width += [b - a] * (d - c)
-    key, keys, width = np.concatenate(keys), None, np.array(width, np.int64)                       # (l,) links; (m,) of each foreign token
+    key, keys, width = np.concatenate(keys), None, np.array(width, np.int64)           # (l,) links; (m,) of each foreign token
     token = np.repeat(np.arange(len(width)), width)                                    # (l,)
     kinds, kind = np.unique(key, return_inverse=True)                                  # (L,), (l,)
     english, t = kinds % V, np.ones(len(kinds))                                        # t(f | e), not yet normalised
@@ -175,10 +175,10 @@ def make_assistant(teacher, tokenizer, pad_id, english=(), translations=()):
     unk = old.token_to_id("[UNK]") if old.token_to_id("[UNK]") is not None else old.token_to_id("<unk>")
     for name, row in (("<s>", start), ("</s>", end), ("<unk>", unk), ("<pad>", teacher.config.pad_token_id)):
         ids[tokenizer.token_to_id(name)] = [] if row is None else [row]
-    flat = torch.tensor([i for row in ids for i in row])
-    counts = torch.tensor([len(row) for row in ids])
-    table = torch.zeros(len(ids), word.shape[1]).index_add_(0, torch.repeat_interleave(counts), word[flat])
-    table = torch.where(counts[:, None] > 0, table / counts[:, None].clamp(min=1), word.mean(0))
+    # Every row is a weighted mean of the teacher's rows `old_piece`: here of its own text, below also of what it translates.
+    lengths, old_piece = torch.tensor([len(row) for row in ids]), torch.tensor([i for row in ids for i in row])
+    piece = torch.repeat_interleave(lengths)
+    weight = 1 / lengths[piece]
     # BERT counts positions from 0: a RoBERTa teacher's rows move down to where they will be read.
     first = teacher.config.first_position
     config = replace(teacher.config, vocab_size=len(ids), pad_token_id=pad_id, model_type="bert", normalize=False,
@@ -186,14 +186,15 @@ def make_assistant(teacher, tokenizer, pad_id, english=(), translations=()):
     model = Encoder(config, tokenizer, teacher.dtype)
     if len(english):
         f, e, n = (torch.from_numpy(x) for x in align(*teacher.tokenize(english), *model.tokenize(translations)))
-        own = torch.bincount(torch.from_numpy(model.tokenize(english)[0].astype(np.int64)), minlength=len(ids)).float()
-        linked = torch.zeros(len(ids)).index_add_(0, f, n.float())
-        linked[tokenizer.token_to_id("<unk>")] = 0                                     # has its row already
-        meaning = torch.zeros_like(table)                                              # (V, H) sum of the linked rows
-        for part in torch.arange(len(f)).split(2 ** 14):                               # not all rows in memory at once
-            meaning.index_add_(0, f[part], word[e[part]] * n[part, None].float())
-        linked_share = (linked / (own + linked).clamp(min=1e-9))[:, None]
-        table += linked_share * (meaning / linked.clamp(min=1e-9)[:, None] - table)
+        own = torch.from_numpy(np.bincount(model.tokenize(english)[0], minlength=len(ids))).float()
+        own[own == 0] = 1e-6                                                           # tells only where nothing is linked
+        own[[tokenizer.token_to_id(name) for name in ("<s>", "</s>", "<unk>")]] = 2 ** 30   # keep their rows
+        piece, old_piece, weight = torch.cat([piece, f]), torch.cat([old_piece, e]), torch.cat([weight * own[piece], n.float()])
+    table, total = torch.zeros(len(ids), word.shape[1]), torch.zeros(len(ids), 1)      # (V, H), (V, 1)
+    for part in torch.arange(len(piece)).split(2 ** 14):                               # not all rows in memory at once
+        table.index_add_(0, piece[part], word[old_piece[part]] * weight[part, None])
+        total.index_add_(0, piece[part], weight[part, None])
+    table = torch.where(total > 0, table / total, word.mean(0))
     table[pad_id] = 0
     state = {k: v.float().clone() for k, v in teacher.state_dict().items()}
     state["embeddings.word.weight"], state["embeddings.position.weight"] = table, state["embeddings.position.weight"][first:]
