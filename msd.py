@@ -80,7 +80,7 @@ def flag(help, default=MISSING, ok=lambda v: 0 < v < math.inf, expected="a posit
 @dataclass(frozen=True)
 class Preset:
     """Everything a run needs to know. Every field is a flag of train.py; tuples hold stages 1 to 4."""
-    bottleneck: int = flag("B, width of the student's word table; half the bytes of 256 at 128; 0 keeps the full table and skips stage 2",
+    bottleneck: int = flag("B, width of the student's word table; 128 takes half the memory of 256; 0 keeps the full table and skips stage 2",
                            ok=lambda v: v >= 0, expected="0 or more")
     layers: int = flag("K, unique layers, the assistant's first; fewer is smaller, not faster: speed follows K x R",
                        ok=lambda v: v >= 1, expected="1 or more")
@@ -99,8 +99,8 @@ class Preset:
     max_tokens: int = flag("longer sentences are truncated; lower it where memory is short", 128, lambda v: v >= 3, "3 or more")
     max_chars: int = flag("pairs with a longer side are dropped, as in the paper", 250)
     max_lines: tuple = flag("read at most so many lines of each file, one or four with commas", (500_000, 300_000, 300_000, 500_000))
-    vocab: int = flag("pieces of the multilingual vocabulary, where it is trained here; 15000 a language did better than 4000", 32_000,
-                      lambda v: v >= 100, "100 or more")
+    vocab: int = flag("pieces of the multilingual vocabulary, where it is trained here; more helps across languages, and the bottleneck makes "
+                      "them cheap", 32_000, lambda v: v >= 100, "100 or more")
     align: int = flag("sentence pairs from which a vocabulary trained here learns its start, by word alignment; 0 does without",
                       300_000, lambda v: v >= 0, "0 or more")
     warmup: float = flag("share of a stage's steps over which the learning rate rises", 0.1, lambda v: 0 <= v < 1, "0 up to 1")
@@ -109,6 +109,7 @@ class Preset:
 
 
 PRESETS = {
+    # The demo begins at the spelling alone (align 0), so that its table shows what stage 1 does.
     "demo": Preset(12, 2, 2, lr=(2e-3, 4e-3, 2e-3, 2e-3), epochs=(0.25, 1, 0.12, 0.18), dropout=0.0, vocab=4000, align=0),
     "minilm": Preset(128, 6, 2, batch=(64, 256, 64, 64)),
     "xlmr": Preset(128, 3, 4, lr=(16e-5, 16e-5, 8e-5, 16e-5)),

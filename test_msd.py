@@ -203,7 +203,7 @@ def test_parity_with_the_authors(kind, tmp_path):
         for name, theirs in expected.items():
             ours = grads[name].clone()
             if name.endswith(("word_embeddings.weight", "position_embeddings.weight")) and fixture["pad_token_id_in_embedding"] == 0 and theirs[0].abs().sum() == 0:
-                ours[0] = 0                          # they freeze row 0, by accident: METHOD's pad-0 deviation
+                ours[0] = 0                          # they freeze row 0, by accident: see the README's deviations
             if name.endswith("key.bias"):            # exactly zero in theory: softmax ignores a constant
                 assert ours.norm() < 1e-6 and theirs.norm() < 1e-6
             else:
