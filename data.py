@@ -374,7 +374,10 @@ def vectors(corpus, ids, encoder, fingerprint, cache, layers=True, form="raw", p
                 f.write(v)
                 if progress:
                     progress(min(i + chunk, len(ids)), len(ids))
-    return open_array(path)
+    out = open_array(path)
+    need(out.shape == (len(ids), encoder.config.hidden_size) and out.dtype == np.float16,
+         f"{path}: damaged cache entry ({out.dtype} {out.shape}); delete it and run again")
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------- batches

@@ -443,6 +443,7 @@ def pad(flat, starts, rows, pad_id):
 
 
 def unit(x):
+    """Rows of x (..., H) at length 1; a zero row stays zero."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 

@@ -369,7 +369,7 @@ def read_log(folder):
     for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
-    return [e for e in entries if isinstance(e, dict)]
+    return [e for e in entries if isinstance(e, dict) and isinstance(e.get("step", 0), int)]
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -547,7 +547,8 @@ def pipeline(run):
             model = load_for(run, before, train=True)
             if k > 1 and before == assistant_dir:
                 with run.first():
-                    model = untrained(model)
+                    data.tokens(corpus, model, args.cache)
+                model = untrained(model)
             run.save(train_stage(run, k, model, corpus, dev, sources).save, out / name)
         before = out / name
     names.pop(1, None)
