@@ -216,8 +216,9 @@ def make_student(assistant, B, K, R, init="svd", seed=0, counts=None):
     """The student before stage 2 (or, without a bottleneck, 3): B -> H embedding block, the assistant's first K layers, R times.
 
     init: "svd" starts the bottleneck from the truncated SVD of the assistant's word table, with its positions, token
-    types and LayerNorm; "text" weights each row by its piece's occurrences, counts (V,): least error over the text, not
-    over the vocabulary; "paper" starts the whole block from noise. Raises: InputError for sizes that do not fit."""
+    types and LayerNorm; "text" weights each row by its piece's occurrences, counts (V,), to the power 3/4: frequent pieces
+    are kept best, but full stops do not crowd out what carries meaning; "paper" starts the whole block from noise.
+    Raises: InputError for sizes that do not fit."""
     c = assistant.config
     check_sizes(c, B, K, R)
     student = Encoder(replace(c, bottleneck_size=B, num_hidden_layers=K, recurrence=R), assistant.tokenizer, assistant.dtype)
@@ -234,7 +235,7 @@ def make_student(assistant, B, K, R, init="svd", seed=0, counts=None):
         return student
     # The right singular vectors of E are the eigenvectors of E'E, which is only (H, H): exact, and no copy of E.
     gram = torch.zeros(c.hidden_size, c.hidden_size, dtype=torch.float64, device=E.device)
-    n = torch.ones(len(E)) if init == "svd" else torch.from_numpy(counts)              # (V,)
+    n = torch.ones(len(E)) if init == "svd" else torch.from_numpy(counts) ** 0.75      # (V,)
     for rows, weight in zip(E.split(16384), n.to(E.device).double().split(16384)):
         rows = rows.double()
         gram += rows.T @ (rows * weight[:, None])

@@ -259,8 +259,8 @@ def test_student_start(tokenizer):
     ours = (S.embeddings.word.weight @ S.embeddings.project.weight.T - E).norm()
     assert ours.item() == pytest.approx(float(s[8:].norm()), rel=1e-4)                 # Eckart-Young: nothing is closer
     counts = 10000 // np.arange(1, len(E) + 1)
-    W, root = msd.make_student(A, 8, 2, 3, "text", counts=counts), torch.tensor(counts)[:, None].sqrt()
-    tail = torch.linalg.svdvals(root * E)[8:].norm()                                   # the same, over the occurrences in a text
+    W, root = msd.make_student(A, 8, 2, 3, "text", counts=counts), torch.tensor(counts)[:, None] ** (3 / 8)
+    tail = torch.linalg.svdvals(root * E)[8:].norm()                                   # the same, rows weighted by count ** 3/4
     assert (root * (W.embeddings.word.weight @ W.embeddings.project.weight.T - E)).norm().item() == pytest.approx(float(tail), rel=1e-4)
     assert (root * (S.embeddings.word.weight @ S.embeddings.project.weight.T - E)).norm() > 1.01 * tail
     for part in ("position", "token_type", "norm"):
