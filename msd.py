@@ -92,7 +92,7 @@ class Preset:
     epochs: tuple = flag("passes over the pairs, one or four with commas; fractions are fine, 0.1 is a quick look", (20, 10, 10, 60),
                          lambda v: 0 < v < 1e6)
     init: str = flag("start of the bottleneck: svd of the assistant's table, text (the same, weighted by how often a piece occurs: "
-                     "for large vocabularies), or paper (noise)", "svd", ("svd", "text", "paper").__contains__, "svd, text or paper")
+                     "best for large vocabularies), or paper (noise)", "svd", ("svd", "text", "paper").__contains__, "svd, text or paper")
     targets: str = flag("the teacher's vectors: raw (before Normalize), unit, or scaled (unit times the root of the width)", "raw",
                         ("raw", "unit", "scaled").__contains__, "raw, unit or scaled")
     dropout: float = flag("0 suits one or a few passes; 0.1 for the paper's long schedule", 0.1, lambda v: 0 <= v < 1, "0 up to 1")
@@ -111,8 +111,8 @@ class Preset:
 PRESETS = {
     # The demo begins at the spelling alone (align 0), so that its table shows what stage 1 does.
     "demo": Preset(12, 2, 2, lr=(2e-3, 4e-3, 2e-3, 2e-3), epochs=(0.25, 1, 0.12, 0.18), dropout=0.0, vocab=4000, align=0),
-    "minilm": Preset(128, 6, 2, batch=(64, 256, 64, 64)),
-    "xlmr": Preset(128, 3, 4, lr=(16e-5, 16e-5, 8e-5, 16e-5)),
+    "minilm": Preset(128, 6, 2, batch=(64, 256, 64, 64), init="text"),
+    "xlmr": Preset(128, 3, 4, lr=(16e-5, 16e-5, 8e-5, 16e-5), init="text"),
 }
 
 # The demo's own teacher, trained on the built-in scores; train.py sets the vocabulary.

@@ -918,11 +918,11 @@ def test_audit_table_of_the_readme():
 
 
 def test_presets_and_schedule():
-    """The authors' configuration, literally; warm-up over 10 % of the steps, then linear to 0."""
+    """The authors' configuration, literally, but the bottleneck's start; warm-up over 10 % of the steps, then linear to 0."""
     for name, sizes, lr, batches in (("xlmr", (128, 3, 4), (16e-5, 16e-5, 8e-5, 16e-5), (64, 128, 64, 64)), ("minilm", (128, 6, 2), (16e-5,) * 4, (64, 256, 64, 64))):
         p = msd.PRESETS[name]
         assert (p.bottleneck, p.layers, p.recurrence) == sizes and p.lr == lr and p.batch == batches and p.epochs == (20, 10, 10, 60)
-        assert (p.max_tokens, p.max_chars, p.weight_decay, p.clip, p.warmup) == (128, 250, 0.01, 1.0, 0.1) and p.max_lines == (500_000, 300_000, 300_000, 500_000)
+        assert p.init == "text" and (p.max_tokens, p.max_chars, p.weight_decay, p.clip, p.warmup) == (128, 250, 0.01, 1.0, 0.1) and p.max_lines == (500_000, 300_000, 300_000, 500_000)
     data_flags = ["--train", "x", "--teacher", "y"]
     assert train.parse(["--preset", "xlmr", "--bottleneck", "0", *data_flags])[1].lr == (16e-5,) * 4
     rates = [train.rate_at(s, 100, 0.1) for s in range(100)]
