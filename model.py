@@ -1,15 +1,34 @@
-"""The encoder, and its weights in and out. Read bottom-up: files, configuration, layers, the model, loading.
+"""The encoder, its weights in and out, and what one does with a finished model.
 
-Shapes, everywhere in this project: N sentences, T tokens, H hidden size, h heads, d = H / h, B bottleneck, V vocabulary.
+This is the one file to copy where a model is used. It reads bottom-up:
+    files  |  safetensors  |  configuration  |  layers  |  the encoder  |  loading  |  use
+
+    python model.py similarity MODEL "A man reads." "Ein Mann liest."
+    python model.py search MODEL corpus.txt "query in any language" [--top 5]
+    python model.py encode MODEL < lines.txt > vectors.npy
+    python model.py info MODEL
+
+Shapes, everywhere in this project: N sentences, T tokens, H hidden size, h heads, d = H / h,
+B bottleneck, V vocabulary, K unique layers, R recurrences.
 """
+
+import argparse
 import contextlib
+import difflib
+import functools
+import glob
+import itertools
 import json
 import math
 import mmap
 import os
+import platform
 import re
 import shutil
-from dataclasses import dataclass, replace
+import sys
+import time
+import unicodedata
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +37,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
 
+# ------------------------------------------------------------------------------------------ files
+
 
 class InputError(Exception):
-    """What the user gave cannot be used. The message names the file, the value, what was expected and the fix."""
+    """What the user gave cannot be used: the message names it, what was expected, and the fix."""
 
 
 def need(ok, message):
@@ -29,136 +50,185 @@ def need(ok, message):
         raise InputError(message)
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
-def sync(path):
-    """Flush a file or a folder to disk: a rename is only durable once its folder is, too."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+@functools.cache
+def note(text):
+    """Say on stderr, once, what is worth knowing but stops nothing."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def flush(path):
+    """Bring a file or a folder to the disk: a rename is durable only once its folder is, too."""
+    with contextlib.suppress(PermissionError):  # Windows opens no folders, and needs no such flush
+        fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def delete(path):
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary name beside `path`, a file's or a folder's; on success it takes the place of `path` by a rename,
-    on failure it goes. A kill at any moment leaves a file's old content or its new, never a part; a folder likewise,
-    where there was none before. Raises: InputError where it cannot be written, naming the path."""
+    """Yield a temporary name beside `path`, a file's or a folder's; success renames it to `path`.
+
+    On failure it goes. A kill at any moment leaves a file's old content or its new, never a part;
+    a folder likewise, where there was none before.
+    Raises: InputError where it cannot be written, naming the path.
+    """
     path = Path(path)
+    mine = f".{path.name}.tmp-{platform.node()}-"  # machines may share a folder
+    tmp, aside = (path.parent / f"{x}{os.getpid()}" for x in (mine, f".{path.name}.old-"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        host = os.uname().nodename                                              # machines may share a folder
-        for old in path.parent.glob(f".{path.name}.tmp-{host}-*"):              # left by a process killed in a save
-            if not os.path.exists(f"/proc/{old.name.split('-')[-1]}"):
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        tmp = path.parent / f".{path.name}.tmp-{host}-{os.getpid()}"
+        for old in path.parent.glob(f"{glob.escape(mine)}*"):
+            process = Path("/proc", old.name.removeprefix(mine))
+            if Path("/proc/self").exists() and not process.exists():  # it was killed in a save
+                delete(old)
         try:
             yield tmp
-            for file in ([*tmp.rglob("*")] if tmp.is_dir() else []) + [tmp]:
-                sync(file)
-            if path.is_dir():
-                os.rename(path, aside := path.parent / f".{path.name}.old.tmp-{host}-{os.getpid()}")
-                os.replace(tmp, path)
-                shutil.rmtree(aside)
-            else:
-                os.replace(tmp, path)
-            sync(path.parent)
+            for file in [*tmp.rglob("*"), tmp]:
+                flush(file)
+            if path.is_dir():  # a rename replaces files, not folders
+                os.rename(path, aside)
+            os.replace(tmp, path)
+            delete(aside)
+            flush(path.parent)
         finally:
-            if tmp.exists():
-                shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink()
+            delete(tmp)
     except OSError as e:
-        raise InputError(f"{path}: cannot write ({e.strerror or e}); nothing there was changed. "
-                         "Free some space or choose another folder, then run the same command again") from e
+        raise InputError(
+            f"{path}: cannot write ({e.strerror or e}); nothing there was changed. "
+            "Free some space or choose another folder, then run the same command again"
+        ) from e
 
 
 def read_json(path, kind=dict):
-    """The value of a JSON file. Raises: InputError naming the file if it is missing, malformed or not of this kind."""
+    """The value of a JSON file. Raises: InputError if missing, malformed or of another kind."""
     try:
         value = json.loads(Path(path).read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: not readable as JSON ({e})") from None
-    need(isinstance(value, kind), f"{path}: expected a JSON {'list' if kind is list else 'object'}, found {type(value).__name__}")
+    found, expected = type(value).__name__, "list" if kind is list else "object"
+    need(isinstance(value, kind), f"{path}: expected a JSON {expected}, found {found}")
     return value
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+# ------------------------------------------------------------------------------------ safetensors
+_KINDS = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+DTYPES = dict(zip("F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL".split(), map(vars(torch).get, _KINDS)))
 
 
-def _no_duplicates(pairs):
-    if len(pairs) != len(out := dict(pairs)):
-        keys = [k for k, _ in pairs]
-        raise ValueError(f"duplicate key {max(keys, key=keys.count)!r}")
-    return out
-
-
-def _count(value, limit=2 ** 62):
+def is_count(value, limit=2**62):
+    """Is it a whole number from 0 to below the limit?"""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit
 
 
-def read_safetensors(path, to=None, copy=False):
-    """(tensors by name, metadata) of a safetensors file. Tensors are views of a private mapping of the file: a page
-    costs memory when it is first touched, and nothing is copied. With `to`, those of another floating dtype are
-    converted, with `copy` all are copied, one at a time, and the pages they came from are given back.
-    Raises: InputError with the file and the reason."""
-    def check(ok, reason):
-        need(ok, f"{path}: not a valid safetensors file: {reason}. Fetch or export it again")
+def _is_entry(entry):
+    """Is this a header's description of a tensor: {"dtype", "shape", "data_offsets"}?"""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return False
+    shape, span = entry["shape"], entry["data_offsets"]
+    lists = isinstance(shape, list) and isinstance(span, list) and len(span) == 2
+    known = isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES
+    return lists and known and all(map(is_count, shape + span))
 
+
+def _no_duplicates(pairs):
+    keys = [k for k, _ in pairs]
+    _check(len(set(keys)) == len(keys), f"duplicate key {max(keys, key=keys.count)!r}")
+    return dict(pairs)
+
+
+def _check(ok, reason):
+    if not ok:
+        raise ValueError(reason)
+
+
+def _read_header(data):
+    """(metadata, {name: (dtype, shape, first byte, last byte)}) of a safetensors file's bytes.
+
+    A header is not to be trusted: every number is checked before a byte is read by it.
+    Raises: ValueError with the reason.
+    """
+    _check(len(data) >= 8, f"{len(data)} bytes, too short for a header")
+    body = 8 + int.from_bytes(data[:8], "little")
+    _check(body <= len(data), f"a header of {body - 8} bytes in {len(data)}: truncated or damaged")
+    header = json.loads(data[8:body].decode("utf-8"), object_pairs_hook=_no_duplicates)
+    _check(isinstance(header, dict), "the header is no JSON object")
+    meta, entries = header.pop("__metadata__", {}), {}
+    texts = isinstance(meta, dict) and all(isinstance(v, str) for v in meta.values())
+    _check(texts, "metadata must map text to text")
+    for name, entry in header.items():
+        expected = f"exactly dtype (one of {', '.join(DTYPES)}), shape and two data_offsets"
+        _check(name.isprintable() and _is_entry(entry), f"{name!r} is {entry!r}, not {expected}")
+        kind, shape = DTYPES[entry["dtype"]], entry["shape"]
+        start, end = (body + x for x in entry["data_offsets"])
+        inside = start <= end <= len(data)
+        _check(inside, f"{name!r} ends at byte {end} of {len(data)}: truncated or damaged")
+        fits = end - start == math.prod(shape) * kind.itemsize
+        _check(fits, f"{name!r} is {kind} {shape} but has {end - start} bytes")
+        entries[name] = kind, shape, start, end
+    at = body
+    for start, end, name in sorted((*e[2:], name) for name, e in entries.items()):
+        _check(start == at, f"{name!r} starts at byte {start}, not {at}: an overlap or a hole")
+        at = end
+    _check(at == len(data), f"{len(data) - at} bytes after the last tensor")
+    return meta, entries
+
+
+def read_safetensors(path, to=None, copy=False):
+    """(tensors by name, metadata) of a safetensors file.
+
+    Tensors are views of a private mapping of the file: a page costs memory when it is first
+    touched. With `to`, those of another floating dtype are converted, with `copy` all are copied,
+    one at a time, and the pages they came from are given back.
+    Raises: InputError with the file and the reason.
+    """
     try:
         with open(path, "rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            check(size >= 8, f"{size} bytes, too short for a header")
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as e:
+        meta, entries = _read_header(data)
+    except OSError as e:
         raise InputError(f"{path}: cannot read ({e})") from None
-    length = int.from_bytes(data[:8], "little")
-    check(length <= size - 8, f"header of {length} bytes in a file of {size}; the file is truncated or damaged")
-    try:
-        header = json.loads(data[8:8 + length].decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as e:
-        check(False, f"unreadable header ({e})")
-    check(isinstance(header, dict), "the header is no JSON object")
-    meta = header.pop("__metadata__", {})
-    check(isinstance(meta, dict) and all(isinstance(v, str) for v in meta.values()), "metadata must map text to text")
-
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        check(name.isprintable() and isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"},
-              f"{name!r} needs exactly dtype, shape and data_offsets")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        check(isinstance(dtype, str) and dtype in DTYPES, f"{name!r} has dtype {dtype!r}, known are {', '.join(DTYPES)}")
-        check(all(isinstance(x, list) and all(map(_count, x)) for x in (shape, offsets)) and len(offsets) == 2,
-              f"{name!r} has shape {shape!r} and offsets {offsets!r}")
-        (a, b), kind = offsets, DTYPES[dtype]
-        check(a <= b <= size - 8 - length, f"{name!r} ends at byte {b} of {size - 8 - length}; the file is truncated or damaged")
-        check(b - a == math.prod(shape) * kind.itemsize, f"{name!r} is {dtype} {shape} but has {b - a} bytes")
-        spans.append((a, b, name))
-        start = 8 + length + a
-        raw = torch.from_numpy(np.frombuffer(data, np.uint8, b - a, start))
-        tensors[name] = (raw.clone() if start % kind.itemsize else raw).view(kind).view(shape)      # a foreign writer: align by a copy
-        if copy or kind.is_floating_point and to not in (None, kind):
-            tensors[name] = tensors[name].to(to if to and kind.is_floating_point else kind, copy=True)
-            first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + b - a) // mmap.PAGESIZE * mmap.PAGESIZE
-            if last > first:
-                data.madvise(mmap.MADV_DONTNEED, first, last - first)
-    end = 0
-    for a, b, name in sorted(spans):
-        check(a == end, f"{name!r} starts at byte {a}, expected {end}: tensors overlap or leave a hole")
-        end = b
-    check(end == size - 8 - length, f"{size - 8 - length - end} bytes after the last tensor")
+        reason = f"not a valid safetensors file: {e}"
+        raise InputError(f"{path}: {reason}. Fetch or export it again") from None
+    tensors = {}
+    for name, (kind, shape, start, end) in entries.items():
+        raw = torch.from_numpy(np.frombuffer(data, np.uint8, end - start, start))
+        raw = raw.clone() if start % kind.itemsize else raw  # a foreign writer's: aligned by a copy
+        tensors[name] = raw.view(kind).view(shape)
+        target = to if to and kind.is_floating_point else kind
+        if copy or target != kind:
+            tensors[name] = tensors[name].to(target, copy=True)
+            first, last = (x // mmap.PAGESIZE * mmap.PAGESIZE for x in (start - 1, end))
+            if last > first + mmap.PAGESIZE and hasattr(data, "madvise"):  # whole pages inside
+                data.madvise(
+                    mmap.MADV_DONTNEED, first + mmap.PAGESIZE, last - first - mmap.PAGESIZE
+                )
     return tensors, meta
 
 
 def write_safetensors(path, tensors, meta=None):
-    """Write tensors by name as one safetensors file, atomically; the same tensors give the same bytes."""
-    names, header, offset = {v: k for k, v in DTYPES.items()}, {"__metadata__": {"format": "pt", **(meta or {})}}, 0
+    """Write tensors by name as one safetensors file, atomically; equal tensors give equal bytes."""
+    names = {v: k for k, v in DTYPES.items()}
     # Widest dtypes first keeps every tensor aligned to its own item size; names break ties.
     order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))
+    header, offset = {"__metadata__": {"format": "pt", **(meta or {})}}, 0
     for name in order:
         t = tensors[name]
-        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset := offset + t.numel() * t.dtype.itemsize]}
+        start, offset = offset, offset + t.numel() * t.dtype.itemsize
+        entry = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [start, offset]}
+        header[name] = entry
     text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     text += b" " * (-len(text) % 8)
     with atomic(path) as tmp, open(tmp, "wb") as f:
@@ -168,186 +238,296 @@ def write_safetensors(path, tensors, meta=None):
             f.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
 
 
-# -------------------------------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------------------- configuration
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
+TEACHERS = "all-MiniLM-L6-v2, all-distilroberta-v1, paraphrase-MiniLM-L12-v2"  # that work
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len")
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu,
-               "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda x: x,
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of an encoder. Field names are those of Hugging Face's config.json where it has them."""
-    vocab_size: int                       # V, rows of the word table
-    hidden_size: int                      # H
-    num_hidden_layers: int                # K, unique layers
+    """The shape of an encoder. Names are those of Hugging Face's config.json where it has them."""
+
+    vocab_size: int  # V, rows of the word table
+    hidden_size: int  # H
+    num_hidden_layers: int  # K, unique layers
     num_attention_heads: int
     intermediate_size: int
-    max_position_embeddings: int
-    model_type: str = "bert"              # bert: positions 0..T-1; roberta, xlm-roberta: pad_id + 1, + 2, ...
+    max_position_embeddings: int  # rows of the position table
+    model_type: str = "bert"  # bert: positions 0..T-1; the others: pad_id + 1, pad_id + 2, ...
     type_vocab_size: int = 1
     layer_norm_eps: float = 1e-12
-    hidden_act: str = "gelu"              # exact (erf) GELU
-    pad_token_id: int = 0                 # the tokenizer's; this word row has no gradient
-    dropout: float = 0.0                  # in training only; presets set it
-    recurrence: int = 1                   # R: the K layers are applied R times in the order 1..K, 1..K, ...
-    bottleneck_size: int = 0              # B; 0: no bottleneck, the word table is (V, H)
+    hidden_act: str = "gelu"  # exact (erf) GELU
+    pad_token_id: int = 0  # the tokenizer's; this word row has no gradient
+    dropout: float = 0.0  # in training only; presets set it
+    recurrence: int = 1  # R: the K layers are applied R times in the order 1..K, 1..K, ...
+    bottleneck_size: int = 0  # B; 0: no bottleneck, the word table is (V, H)
     pooling: str = "mean"
-    normalize: bool = False               # encode() returns unit vectors (a sentence-transformers Normalize module)
-    max_seq_length: int = 128             # tokens, start and end included
-    do_lower_case: bool = False           # lower-case before the tokenizer (sentence_bert_config.json)
+    dense: tuple = ()  # after pooling: (width, activation, bias) of each linear map, if any
+    normalize: bool = False  # encode() returns unit vectors
+    prompt: str = ""  # put before every text
+    max_seq_length: int = 128  # tokens, start and end included
+    do_lower_case: bool = False  # lower-case before the tokenizer
 
     @property
     def first_position(self):
         return self.pad_token_id + 1 if self.model_type != "bert" else 0
 
-
-# What a config.json may leave out; None: the weights or the tokenizer tell.
-DEFAULTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "recurrence": None, "bottleneck_size": None, "pad_token_id": None,
-            "pooling": "mean", "normalize": False}
-REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
+    @property
+    def width(self):
+        """Of the sentence vectors."""
+        return self.dense[-1][0] if self.dense else self.hidden_size
 
 
-def read_config(folder, pad_id, table, layers):
-    """The Config of a model directory: config.json, completed by sentence-transformers' modules.json and its kin.
+CHOICES = {"model_type": FAMILIES, "hidden_act": tuple(ACTIVATIONS), "pooling": POOLINGS}
+# What a config.json may leave out, where that is not the default of Config.
+UNSAID = {"type_vocab_size": 2, "position_embedding_type": "absolute", "is_decoder": False}
 
-    pad_id: the tokenizer's; table: shape of the word table in the weights; layers: how many layers the weights hold.
-    Both repair what a config.json of the authors' students does not say: B, K and R."""
-    folder, modules = _modules(Path(folder))
-    file = folder / "config.json"
-    raw = {**DEFAULTS, **read_json(file), **modules}
+
+def read_config(root, pad_id, shapes):
+    """The Config of a model directory: config.json, sentence-transformers' files and the weights.
+
+    pad_id: the tokenizer's. shapes: of the weights, by our names; they tell what a config.json
+    leaves out or has wrong: the authors' students say nothing of B, K and R, and position tables
+    are often cut or extended. Raises: InputError naming the file, the value and what was expected.
+    """
+    modules = read_modules(root)
+    file = modules.pop("body") / "config.json"
+    beside = file.parent / "sentence_bert_config.json"  # maximum length and lower-casing
+    lengths = read_json(beside) if modules and beside.exists() else {}
+    said = read_json(file) | modules
+    if said.get("max_seq_length") is None:
+        said["max_seq_length"] = said.get("max_position_embeddings")
+    said = {k: v for k, v in {**said, **lengths}.items() if v is not None}
+    raw = {f.name: f.default for f in fields(Config)} | UNSAID | said
 
     def check(ok, name, expected):
-        need(ok, f"{file}: {name} is {raw.get(name)!r}, expected {expected}")
+        place = beside if name in lengths else file
+        need(ok, f"{place}: {name} is {said.get(name)!r}, expected {expected}")
 
-    check(raw.get("model_type") in FAMILIES, "model_type", f"one of {', '.join(FAMILIES)}; other families are not supported")
-    for name in REQUIRED:
-        check(_count(raw.get(name), 2 ** 31) and raw[name] > 0, name, "a positive whole number")
-    check(raw["hidden_size"] % raw["num_attention_heads"] == 0, "num_attention_heads", f"a divisor of hidden_size {raw['hidden_size']}")
-    check(raw["hidden_act"] in list(ACTIVATIONS), "hidden_act", f"one of {', '.join(ACTIVATIONS)}")
-    check(raw.get("position_embedding_type", "absolute") == "absolute", "position_embedding_type", "'absolute'")
-    check(raw.get("is_decoder", False) is False, "is_decoder", "false")
-    check(isinstance(raw["layer_norm_eps"], float) and 0 < raw["layer_norm_eps"] < 1, "layer_norm_eps", "a small positive number")
-    for name in ("recurrence", "bottleneck_size", "pad_token_id", "type_vocab_size"):
-        check(raw[name] is None and DEFAULTS[name] is None or _count(raw[name], 1000 if name == "recurrence" else 2 ** 31), name, "a whole number")
-    check(raw["vocab_size"] == table[0], "vocab_size", f"{table[0]}, the rows of the word table in the weights")
-    B = table[1] if table[1] != raw["hidden_size"] or raw["bottleneck_size"] else 0
-    # The authors' students keep the assistant's config.json: their depth K x R is its num_hidden_layers. Without their
-    # bottleneck, fewer layers than config.json says are a damaged file.
-    depth, K = raw["num_hidden_layers"], layers
-    R = raw["recurrence"] or (depth // K if B and K and depth % K == 0 else 1)
-    check(K == depth or (raw["recurrence"] is None and K * R == depth), "num_hidden_layers", f"{K}, the layers in the weights")
-    check(raw["bottleneck_size"] in (None, B), "bottleneck_size", f"{B}, the width of the word table in the weights")
-    if raw["model_type"] != "bert":                     # positions hang on it, so a disagreement cannot be repaired
-        check(raw["pad_token_id"] in (None, pad_id), "pad_token_id", f"{pad_id}, the tokenizer's, as positions count from it")
-    check(raw["pooling"] in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}")
-    check(isinstance(raw["normalize"], bool), "normalize", "true or false")
-    raw.update(num_hidden_layers=K, recurrence=R, bottleneck_size=B, pad_token_id=pad_id)
-    config = Config(**{k: raw[k] for k in ("model_type", *REQUIRED, *DEFAULTS)})
-    # Maximum length and lower-casing: ours in config.json, sentence-transformers' beside it.
-    beside = folder / "sentence_bert_config.json"
-    settings, place = (read_json(beside), beside) if modules and beside.exists() else (raw, file)
-    limit = config.max_position_embeddings - config.first_position
-    tokens, lower = (default if settings.get(k) is None else settings[k] for k, default in (("max_seq_length", limit), ("do_lower_case", False)))
-    need(_count(tokens) and min(tokens, limit) > 2 and isinstance(lower, bool), f"{place}: max_seq_length {tokens!r} ({limit} positions), "
-         f"do_lower_case {lower!r}; expected whole numbers over 2, and true or false")
-    return replace(config, max_seq_length=min(tokens, limit), do_lower_case=lower)
+    _check_values(raw, check)
+    (V, width), H = shapes["embeddings.word.weight"], raw["hidden_size"]
+    check(raw["vocab_size"] == V, "vocab_size", f"{V}, the rows of the word table in the weights")
+    B = width if width != H or raw["bottleneck_size"] else 0
+    same = said.get("bottleneck_size", B) == B
+    check(same, "bottleneck_size", f"{B}, the width of the word table in the weights")
+    # The authors' students keep the assistant's config.json: their K x R is its number of layers.
+    # Without their bottleneck, fewer layers than config.json says are a damaged file.
+    depth, K = raw["num_hidden_layers"], len({k.split(".")[1] for k in shapes if "layers." in k})
+    unsaid = "recurrence" not in said and B and K and depth % K == 0
+    check(K == depth or unsaid, "num_hidden_layers", f"{K}, the layers in the weights")
+    P = shapes.get("embeddings.position.weight", [raw["max_position_embeddings"]])[0]
+    if P != raw["max_position_embeddings"]:
+        note(
+            f"{file}: {raw['max_position_embeddings']} positions, the table in the weights has {P}"
+        )
+    if raw["model_type"] != "bert":  # positions are counted from it
+        same = said.get("pad_token_id", pad_id) == pad_id
+        check(same, "pad_token_id", f"{pad_id}, the tokenizer's")
+    raw |= {"num_hidden_layers": K, "bottleneck_size": B, "pad_token_id": pad_id, "dropout": 0.0}
+    raw |= {"recurrence": depth // K if unsaid else raw["recurrence"], "max_position_embeddings": P}
+    raw["dense"] = tuple(map(tuple, raw["dense"]))
+    config = Config(**{f.name: raw[f.name] for f in fields(Config)})
+    limit = P - config.first_position
+    return replace(config, max_seq_length=min(config.max_seq_length, limit))
 
 
-def _modules(root):
-    """(folder of the transformer, {"pooling", "normalize"}) from a sentence-transformers modules.json, where there is one."""
-    file, known = root / "modules.json", ["Transformer", "Pooling", "Normalize"]
+def _check_values(raw, check):
+    """Has every value of a config.json its type, and is it one that this encoder knows?"""
+    for f in fields(Config):
+        value = list(raw[f.name]) if f.type is tuple else raw[f.name]
+        ok = type(value) is (list if f.type is tuple else f.type)
+        ok = ok and (f.type is not int or is_count(value, 2**31))
+        expected = {int: "a whole number", bool: "true or false", str: "text", tuple: "a list"}
+        check(ok, f.name, expected.get(f.type, "a number"))
+    more = {"model_type": f". Teachers that work: {TEACHERS}"}
+    for name, known in CHOICES.items():
+        check(raw[name] in known, name, f"one of {', '.join(known)}{more.get(name, '')}")
+    H, heads = raw["hidden_size"], raw["num_attention_heads"]
+    check(heads and H % heads == 0, "num_attention_heads", f"a divisor of hidden_size {H}")
+    check(0 < raw["layer_norm_eps"] < 1, "layer_norm_eps", "a small positive number")
+    check(0 < raw["recurrence"] < 1000, "recurrence", "1 to 999")
+    check(raw["max_seq_length"] > 2, "max_seq_length", "a whole number over 2")
+    check(raw["position_embedding_type"] == "absolute", "position_embedding_type", "'absolute'")
+    check(raw["is_decoder"] is False, "is_decoder", "false")
+    check(all(map(_is_dense, raw["dense"])), "dense", DENSE)
+
+
+def read_modules(root):
+    """What sentence-transformers' files say: {"body": folder of the transformer, "pooling", ...}.
+
+    The body's folder alone where there is no modules.json.
+    """
+    file = Path(root) / "modules.json"
     if not file.exists():
-        return root, {}
+        return {"body": Path(root)}
     try:
-        kinds = [(m["type"].rsplit(".", 1)[-1], root / m["path"]) for m in read_json(file, list)]
+        modules = [(m["type"].rsplit(".", 1)[-1], m["path"]) for m in read_json(file, list)]
+        names, folders = [k for k, _ in modules], [Path(root) / path for _, path in modules]
     except (KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{file}: not a list of modules with type and path ({e})") from None
-    names = [k for k, _ in kinds]
-    for name in names:
-        need(name in known, f"{file}: module {name} is not supported, only {', '.join(known)}")
-    need(names in (known, known[:2]), f"{file}: modules {names}, expected Transformer, Pooling and perhaps Normalize, in this order")
-    file = kinds[1][1] / "config.json"
+    need(
+        re.fullmatch("Transformer Pooling( Dense)*( Normalize)?", " ".join(names)),
+        f"{file}: modules {names}; expected Transformer, Pooling, any number of Dense and perhaps "
+        "Normalize, in this order; others are not supported",
+    )
+    dense = [f for name, f in zip(names, folders) if name == "Dense"]
+    settings = read_json(prompts) if (prompts := Path(root) / PROMPTS).exists() else {}
+    default = settings.get("default_prompt_name")
+    return {
+        "body": folders[0],
+        "pooling": _read_pooling(folders[1] / "config.json"),
+        "dense_folders": dense,
+        "dense": [_read_dense(f / "config.json") for f in dense],
+        "normalize": names[-1] == "Normalize",
+        "prompt": settings.get("prompts", {}).get(default, "") if default else "",
+    }
+
+
+PROMPTS = "config_sentence_transformers.json"
+
+
+def _read_pooling(file):
+    """The one pooling that a Pooling module's config.json switches on."""
     raw = read_json(file)
-    modes = [raw["pooling_mode"]] if "pooling_mode" in raw else [       # pooling_mode_mean_tokens, pooling_mode_cls_token, ...
-        re.sub("^pooling_mode_|_tokens?$", "", k) for k, v in raw.items() if k.startswith("pooling_mode_") and v is not False]
-    need(len(modes) == 1 and modes[0] in POOLINGS, f"{file}: pooling {modes}, expected exactly one of {', '.join(POOLINGS)}")
-    return kinds[0][1], {"pooling": modes[0], "normalize": len(names) == 3}
+    modes = [raw["pooling_mode"]] if "pooling_mode" in raw else []
+    for key, value in raw.items():  # the older form: pooling_mode_mean_tokens: true, ...
+        if key.startswith("pooling_mode_") and value is not False:
+            modes.append(re.sub("^pooling_mode_|_tokens?$", "", key))
+    ok = len(modes) == 1 and modes[0] in POOLINGS
+    need(ok, f"{file}: pooling {modes}, expected exactly one of {', '.join(POOLINGS)}")
+    return modes[0]
 
 
-# --------------------------------------------------------------------------------------------------------------- layers
+def _read_dense(file):
+    """[width, activation, bias] of a Dense module's config.json."""
+    raw = read_json(file)
+    activation = str(raw.get("activation_function", "Tanh")).rsplit(".", 1)[-1].lower()
+    dense = [raw.get("out_features"), activation, raw.get("bias", True)]
+    need(_is_dense(dense), f"{file}: {dense}, expected {DENSE}")
+    return dense
+
+
+DENSE = f"[width, one of {', '.join(ACTIVATIONS)}, true or false]"
+
+
+def _is_dense(x):
+    """Is this [width, activation, bias], a linear map after pooling?"""
+    typed = isinstance(x, list) and list(map(type, x)) == [int, str, bool]
+    return typed and 0 < x[0] < 2**31 and x[1] in ACTIVATIONS
+
+
+# ----------------------------------------------------------------------------------------- layers
 class Linear(nn.Linear):
-    """A linear map whose weights follow the dtype of its input. Master weights stay float32 and are cast once a call:
-    autocast does the same with more copies, which cost more than the products at these sizes."""
+    """A linear map whose weights follow the dtype of its input.
+
+    Master weights stay float32 and are cast once a call: autocast does the same with more copies,
+    which cost more than the products at these sizes.
+    """
+
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class Embeddings(nn.Module):
-    """Ids to vectors. With a bottleneck the word table is (V, B), followed by a map B -> H without bias."""
+    """Ids to vectors. With a bottleneck the word table is (V, B), then a map B -> H without bias."""
+
     def __init__(self, c):
         super().__init__()
-        self.config, width = c, c.bottleneck_size or c.hidden_size
+        self.config, H = c, c.hidden_size
+        width = c.bottleneck_size or H
         self.word = nn.Embedding(c.vocab_size, width, padding_idx=c.pad_token_id)
-        self.project = Linear(width, c.hidden_size, bias=False) if c.bottleneck_size else None
-        self.position = nn.Embedding(c.max_position_embeddings, c.hidden_size)
-        self.token_type = nn.Embedding(c.type_vocab_size, c.hidden_size)
-        self.norm = LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.project = Linear(width, H, bias=False) if c.bottleneck_size else None
+        self.position = nn.Embedding(c.max_position_embeddings, H)
+        self.token_type = nn.Embedding(c.type_vocab_size, H)
+        self.norm = LayerNorm(H, eps=c.layer_norm_eps)
 
-    def forward(self, ids, dtype):                                                     # ids (N, T)
+    def forward(self, ids, dtype):  # ids (N, T)
         c = self.config
         if c.model_type == "bert":
-            position = torch.arange(ids.shape[1], device=ids.device)                   # (T,)
-        else:                                                                          # pads stay at pad_id
+            position = torch.arange(ids.shape[1], device=ids.device)  # (T,)
+        else:  # pads stay at pad_id
             real = (ids != c.pad_token_id).long()
-            position = real.cumsum(1) * real + c.pad_token_id                          # (N, T)
-        x = self.word(ids).to(dtype)                                                   # (N, T, B or H)
-        x = self.project(x) if self.project is not None else x
-        x = x + (self.position(position) + self.token_type.weight[0]).to(dtype)        # type id 0: one segment
-        return F.dropout(self.norm(x), c.dropout, self.training)                       # (N, T, H)
+            position = real.cumsum(1) * real + c.pad_token_id  # (N, T)
+        x = self.word(ids).to(dtype)  # (N, T, B or H)
+        x = self.project(x) if self.project is not None else x  # (N, T, H)
+        # Token type 0 everywhere: a sentence is one segment.
+        x = x + (self.position(position) + self.token_type.weight[0]).to(dtype)
+        return F.dropout(self.norm(x), c.dropout, self.training)
 
 
 def plain_attention(q, k, v, bias, dropout=0.0):
-    """softmax(q k' / sqrt(d) + bias) v, written out; q, k, v (N, h, T, d), bias (N, 1, 1, T) or None.
+    """softmax(q k' / sqrt(d) + bias) v; q, k, v (N, h, T, d), bias as in Encoder.attention_bias.
 
-    The path on CPU in training, where SDPA's backward pass costs more than these two products at sentence lengths, and for
-    short sentences in bfloat16, where its forward pass does, too."""
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5                             # (N, h, T, T)
-    # Computed in float32: more exact, and twice as fast as bfloat16's own kernel at lengths that are no multiple of 32.
-    weights = F.softmax(scores if bias is None else scores + bias, dim=-1, dtype=torch.float32).to(v.dtype)
-    return F.dropout(weights, dropout, dropout > 0) @ v                                # (N, h, T, d)
+    The path on CPU in training, where SDPA's backward pass costs more than these two products at
+    sentence lengths, and for short sentences in bfloat16, where its forward pass does, too.
+    """
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (N, h, T, T)
+    scores = scores if bias is None else scores + bias
+    # In float32: more exact, and faster than bfloat16's own kernel at most lengths.
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    return F.dropout(weights, dropout, dropout > 0) @ v  # (N, h, T, d)
 
 
 class Layer(nn.Module):
     """One post-LayerNorm transformer layer, as in BERT."""
+
     def __init__(self, c):
         super().__init__()
-        H, self.config = c.hidden_size, c
-        self.qkv, self.out, self.norm1 = Linear(H, 3 * H), Linear(H, H), LayerNorm(H, eps=c.layer_norm_eps)
-        self.up, self.down, self.norm2 = Linear(H, c.intermediate_size), Linear(c.intermediate_size, H), LayerNorm(H, eps=c.layer_norm_eps)
+        self.config, H, eps = c, c.hidden_size, c.layer_norm_eps
+        self.qkv, self.out = Linear(H, 3 * H), Linear(H, H)
+        self.norm1 = LayerNorm(H, eps=eps)
+        self.up, self.down = Linear(H, c.intermediate_size), Linear(c.intermediate_size, H)
+        self.norm2 = LayerNorm(H, eps=eps)
 
-    def forward(self, x, bias):                                                        # x (N, T, H)
+    def forward(self, x, bias):  # x (N, T, H)
         c, (N, T, H) = self.config, x.shape
         p = c.dropout if self.training else 0.0
-        q, k, v = self.qkv(x).view(N, T, 3, c.num_attention_heads, -1).permute(2, 0, 3, 1, 4)   # each (N, h, T, d)
-        if x.device.type == "cpu" and (torch.is_grad_enabled() or T <= 32 and x.dtype == torch.bfloat16):
+        qkv = self.qkv(x).view(N, T, 3, c.num_attention_heads, -1)  # (N, T, 3, h, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, h, T, d)
+        short = T <= 32 and x.dtype == torch.bfloat16
+        if x.device.type == "cpu" and (torch.is_grad_enabled() or short):
             a = plain_attention(q, k, v, bias, p)
         else:
             a = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=p)
-        a = self.out(a.transpose(1, 2).reshape(N, T, H))                               # heads side by side again
+        a = self.out(a.transpose(1, 2).reshape(N, T, H))  # heads side by side again
         x = self.norm1(x + F.dropout(a, p, self.training))
         y = self.down(ACTIVATIONS[c.hidden_act](self.up(x)))
         return self.norm2(x + F.dropout(y, p, self.training))
 
 
+class Dense(nn.Module):
+    """A linear map of sentence vectors and its activation, as sentence-transformers' Dense."""
+
+    def __init__(self, in_features, out_features, activation, bias):
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x):  # (N, H) -> (N, out_features), in float32
+        return self.activation(F.linear(x, *(p.float() for p in self.linear.parameters())))
+
+
 def pool(x, mask, how):
-    """(N, T, H) -> (N, H) float32 over the real tokens, start and end included. The only pooling in this project."""
-    x, m = x.float(), mask.unsqueeze(-1).float()                                       # m (N, T, 1)
+    """(N, T, H) -> (N, H) float32 over the real tokens, start and end included: the one pooling."""
+    x, m = x.float(), mask.unsqueeze(-1).float()  # m (N, T, 1)
     if how == "cls":
         return x[:, 0]
     if how == "max":
@@ -356,90 +536,142 @@ def pool(x, mask, how):
     return (x * m).sum(1) / (n if how == "mean" else n.sqrt())
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
+# ------------------------------------------------------------------------------------ the encoder
 class Encoder(nn.Module):
     """Sentences to vectors: embedding block, K layers applied R times, pooling."""
+
     def __init__(self, config, tokenizer=None, dtype=torch.float32):
         super().__init__()
-        self.config, self.dtype = config, dtype                # dtype of the arithmetic; the weights have their own
-        self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        c = config
+        self.config, self.dtype = c, dtype  # dtype of the arithmetic; the weights have their own
+        self.embeddings = Embeddings(c)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+        widths = [c.hidden_size, *(d[0] for d in c.dense)]
+        self.dense = nn.Sequential(*(Dense(w, *d) for w, d in zip(widths, c.dense)))
         self.tokenizer = tokenizer
         if tokenizer is not None:
-            tokenizer.enable_truncation(config.max_seq_length)
+            tokenizer.enable_truncation(c.max_seq_length)
 
     @property
     def device(self):
         return self.embeddings.word.weight.device
 
+    def attention_bias(self, mask, dtype):
+        """What is added to attention's scores, (N, 1, 1, T): -inf at pads. None: nothing."""
+        if mask.device.type == "cpu" and mask.all():  # asking a GPU would wait for it
+            return None
+        bias = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        return bias[:, None, None]
+
     def hidden(self, ids, mask, layers=True):
         """ids, mask (N, T) -> (N, T, H). layers=False stops after the embedding block (stage 2)."""
         x = self.embeddings(ids, self.dtype)
-        bias = None                                            # asking a GPU whether there is padding would wait for it
-        if mask.device.type != "cpu" or not mask.all():
-            bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)[:, None, None]   # (N, 1, 1, T)
+        bias = self.attention_bias(mask, x.dtype) if layers else None
         for _ in range(self.config.recurrence if layers else 0):
-            for layer in self.layers:                          # cycle order 1..K, 1..K, ...
+            for layer in self.layers:  # cycle order 1..K, 1..K, ...
                 x = layer(x, bias)
         return x
 
     def forward(self, ids, mask, layers=True):
-        """ids, mask (N, T) -> sentence vectors (N, H), float32, before any Normalize."""
-        return pool(self.hidden(ids, mask, layers), mask, self.config.pooling)
+        """ids, mask (N, T) -> sentence vectors (N, width), float32, before any Normalize.
 
-    def tokenize(self, texts):
-        """Texts -> (flat ids (sum of lengths,) uint32, starts (n + 1,) int64), truncated to max_seq_length."""
-        texts = [t.strip() for t in texts]
+        Without layers, those of the embedding block: (N, H).
+        """
+        x = pool(self.hidden(ids, mask, layers), mask, self.config.pooling)
+        return self.dense(x) if layers else x
+
+    def tokenize(self, texts, prompt=None, chunk=2**14):
+        """Texts -> (flat ids (sum of lengths,) uint32, starts (n + 1,) int64), truncated.
+
+        prompt: put before every text; None: the model's own.
+        """
+        prompt = self.config.prompt if prompt is None else prompt
+        texts = [prompt + t for t in texts] if prompt else texts
         texts = [t.lower() for t in texts] if self.config.do_lower_case else texts
-        ids = [e.ids for e in self.tokenizer.encode_batch_fast(texts)]
-        starts = np.concatenate([[0], np.cumsum([len(i) for i in ids], dtype=np.int64)])
-        return np.concatenate([np.asarray(i, np.uint32) for i in ids] + [np.zeros(0, np.uint32)]), starts
+        flat, lengths = [np.zeros(0, np.uint32)], [np.zeros(1, np.int64)]
+        for i in range(0, len(texts), chunk):  # the tokenizer's own results are large
+            ids = [e.ids for e in self.tokenizer.encode_batch_fast(texts[i : i + chunk])]
+            flat.append(np.fromiter(itertools.chain.from_iterable(ids), np.uint32))
+            lengths.append(np.fromiter(map(len, ids), np.int64))
+        return np.concatenate(flat), np.cumsum(np.concatenate(lengths))
 
     @torch.inference_mode()
-    def embed(self, flat, starts, layers=True, budget=None):
-        """Vectors (n, H) float32, in input order, of tokenised sentences; before any Normalize.
+    def embed(self, flat, starts, layers=True, budget=None, progress=None):
+        """Vectors (n, width) float32, in input order, of tokenised sentences; before any Normalize.
 
-        Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory stays bounded. The budget
-        is measured: on a CPU the activations should stay in its cache, a GPU wants to be filled."""
+        Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory
+        stays bounded. The budget is measured: on a CPU the activations should stay in its cache,
+        a GPU wants to be filled. progress: called with (done, all).
+        """
         was_training, lengths = self.training, np.diff(starts)
         self.eval()
-        budget = budget or (2 ** 16 if self.device.type == "cuda" else 2048 if self.dtype == torch.bfloat16 else 1024)
-        order, out, i = np.argsort(-lengths, kind="stable"), torch.empty(len(lengths), self.config.hidden_size, device=self.device), 0
+        on_cpu = 2048 if self.dtype == torch.bfloat16 else 1024
+        budget = budget or (2**16 if self.device.type == "cuda" else on_cpu)
+        order, i = np.argsort(-lengths, kind="stable"), 0
+        width = self.config.width if layers else self.config.hidden_size
+        out = torch.empty(len(lengths), width, device=self.device)
         while i < len(order):
-            rows = order[i:i + max(1, budget // int(lengths[order[i]]))]
-            ids, mask = (put(a, self.device) for a in pad(flat, starts, rows, self.config.pad_token_id))
-            out[put(rows, self.device)] = self(ids, mask, layers)
+            rows = order[i : i + max(1, budget // int(lengths[order[i]]))]
+            batch = pad(flat, starts, rows, self.config.pad_token_id)
+            out[put(rows, self.device)] = self(*(put(a, self.device) for a in batch), layers)
             i += len(rows)
+            if progress:
+                progress(i, len(order))
         self.train(was_training)
         return out.cpu().numpy()
 
-    def encode(self, texts, normalize=None):
-        """list of str -> float32 array (n, H) in input order. normalize: unit vectors; None: as the model's files say."""
-        if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
-            raise TypeError("encode() takes a list of strings")
-        out = self.embed(*self.tokenize(texts))
-        return unit(out) if (self.config.normalize if normalize is None else normalize) else out
+    def encode(self, texts, normalize=None, prompt=None, progress=None):
+        """Texts -> float32 array (n, width) in input order; a single str -> (width,).
+
+        texts: any iterable of str. normalize: unit vectors; prompt: put before every text; None:
+        as the model's files say. Raises: InputError with the index of what is no text.
+        """
+        single = isinstance(texts, str)
+        texts = [texts] if single else list(texts)
+        for i, t in enumerate(texts):
+            need(isinstance(t, str), f"text {i} is a {type(t).__name__}, {t!r:.60}; expected str")
+            try:
+                t.encode()
+            except UnicodeEncodeError as e:
+                raise InputError(f"text {i} cannot be encoded ({e}): {t!r:.60}") from None
+        out = self.embed(*self.tokenize(texts, prompt), progress=progress)
+        normalize = self.config.normalize if normalize is None else normalize
+        out = unit(out) if normalize else out
+        return out[0] if single else out
 
     def save(self, folder):
-        """Write a self-describing model directory, atomically: config.json, tokenizer.json, model.safetensors (float32).
-        Names are Hugging Face's, so a model without bottleneck and recurrence opens there as well."""
+        """Write a model directory, atomically: config.json, tokenizer.json, model.safetensors.
+
+        Weights are float32. Names are Hugging Face's, so a model without bottleneck and recurrence
+        opens there as well.
+        """
         c = {**vars(self.config), "position_embedding_type": "absolute"}
         c["hidden_dropout_prob"] = c["attention_probs_dropout_prob"] = c.pop("dropout")
+        weights = {k: v.float() for k, v in to_hf(self.state_dict()).items()}
         with atomic(folder) as tmp:
             tmp.mkdir()
-            (tmp / "config.json").write_text(json.dumps(c, indent=1, sort_keys=True) + "\n", "utf-8")
+            text = json.dumps(c, indent=1, sort_keys=True) + "\n"
+            (tmp / "config.json").write_text(text, "utf-8")
             (tmp / "tokenizer.json").write_text(self.tokenizer.to_str(pretty=True), "utf-8")
-            write_safetensors(tmp / "model.safetensors", {k: v.float() for k, v in to_hf(self.state_dict()).items()})
+            write_safetensors(tmp / "model.safetensors", weights)
 
 
 def pad(flat, starts, rows, pad_id):
-    """Rows of a flat token store -> ids (N, T) int64 and mask (N, T) bool, without a Python loop over sentences."""
-    start, n = starts[rows], starts[rows + 1] - starts[rows]                           # (N,)
+    """Rows of a flat token store -> ids (N, T) int64 and mask (N, T) bool, without a loop."""
+    start, n = starts[rows], starts[rows + 1] - starts[rows]  # (N,)
     t = np.arange(max(int(n.max()), 1))
-    mask = t < n[:, None]                                                              # (N, T)
+    mask = t < n[:, None]  # (N, T)
     ids = np.full(mask.shape, pad_id, np.int64)
     ids[mask] = flat[(start[:, None] + t)[mask]]
     return ids, mask
+
+
+def put(array, device):
+    """A numpy array as a tensor on a device; a copy to a GPU does not wait for what it is doing."""
+    t = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        return t.pin_memory().to(device, non_blocking=True)
+    return t.to(device)
 
 
 def unit(x):
@@ -447,22 +679,44 @@ def unit(x):
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def put(array, device):
-    """A numpy array as a tensor on a device; the copy to a GPU does not wait for what the GPU is doing."""
-    t = torch.from_numpy(array)
-    return t.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else t.to(device)
+def ledger(config):
+    """Parameters by part, {"embedding", "layers", "other", "total"}, by building no memory.
+
+    embedding: word table and B -> H map, positions, token types, LayerNorm; other: Dense.
+    """
+    with torch.device("meta"):
+        model = Encoder(config)
+    parts = {"embedding": model.embeddings, "layers": model.layers, "other": model.dense}
+    parts["total"] = model
+    return {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items()}
 
 
-# ------------------------------------------------------------------------------------------------------ weights by name
-NAMES = {"embeddings.word.": "embeddings.word_embeddings.", "embeddings.project.": "embeddings.word_embeddings_2.",   # _2: the authors' name
-         "embeddings.position.": "embeddings.position_embeddings.", "embeddings.token_type.": "embeddings.token_type_embeddings.",
-         "embeddings.norm.": "embeddings.LayerNorm.", "layers.": "encoder.layer.", ".out.": ".attention.output.dense.",
-         ".norm1.": ".attention.output.LayerNorm.", ".up.": ".intermediate.dense.", ".down.": ".output.dense.", ".norm2.": ".output.LayerNorm."}
+# ---------------------------------------------------------------------------------------- loading
+NAMES = {  # ours and Hugging Face's
+    "embeddings.word.": "embeddings.word_embeddings.",
+    "embeddings.project.": "embeddings.word_embeddings_2.",  # the authors' name
+    "embeddings.position.": "embeddings.position_embeddings.",
+    "embeddings.token_type.": "embeddings.token_type_embeddings.",
+    "embeddings.norm.": "embeddings.LayerNorm.",
+    "layers.": "encoder.layer.",
+    ".out.": ".attention.output.dense.",
+    ".norm1.": ".attention.output.LayerNorm.",
+    ".up.": ".intermediate.dense.",
+    ".down.": ".output.dense.",
+    ".norm2.": ".output.LayerNorm.",
+}
 QKV = ["attention.self.query", "attention.self.key", "attention.self.value"]
+HEADS = (  # what pretraining and classifiers leave in a checkpoint; no sentence vector needs it
+    "pooler lm_head cls classifier pre_classifier qa_outputs score "
+    "vocab_transform vocab_layer_norm vocab_projector"
+).split()
 
 
 def to_hf(state):
-    """Our names to Hugging Face's; the fused qkv (3H, H) becomes query, key and value. For weights and gradients alike."""
+    """Our names to Hugging Face's; the fused qkv (3H, H) becomes query, key and value.
+
+    For weights and gradients alike.
+    """
     out = {}
     for name, t in state.items():
         for ours, theirs in NAMES.items():
@@ -473,12 +727,16 @@ def to_hf(state):
 
 
 def from_hf(tensors):
-    """Hugging Face's names to ours: the inverse of to_hf. Names it does not know, and a query, key or value that stands
-    alone, pass through, for a strict load to list."""
+    """Hugging Face's names to ours: the inverse of to_hf.
+
+    Names it does not know, and a query, key or value that stands alone, pass through, for a strict
+    load to list.
+    """
     out, tensors = {}, dict(tensors)
     for query in [name for name in tensors if QKV[0] in name]:
         parts = [query.replace(QKV[0], part) for part in QKV]
-        if tensors[query].dim() and all(p in tensors and tensors[p].shape == tensors[query].shape for p in parts):
+        shape = tensors[query].shape
+        if shape and all(p in tensors and tensors[p].shape == shape for p in parts):
             tensors[query.replace(QKV[0], "qkv")] = torch.cat([tensors.pop(p) for p in parts])
     for name, t in tensors.items():
         for ours, theirs in sorted(NAMES.items(), key=lambda item: -len(item[1])):
@@ -487,62 +745,108 @@ def from_hf(tensors):
     return out
 
 
+def body_names(names, place):
+    """{name in a checkpoint: Hugging Face's name of an encoder's weight}, heads left out.
+
+    The body is where the word table is, whatever a training wrapper put before or between.
+    Raises: InputError for two bodies. What is no known head passes through, for a strict load.
+    """
+    clean = {}  # module., _orig_mod., _fsdp_wrapped_module. and their kin
+    for name in names:
+        parts = [p for p in name.split(".") if p != "module" and not p.startswith("_")]
+        clean[name] = ".".join(parts)
+    table = "embeddings.word_embeddings.weight"
+    bodies = sorted({n.removesuffix(table) for n in clean.values() if n.endswith(table)}) or [""]
+    need(len(bodies) < 2, f"{place}: encoders under {bodies}; keep one of them in the file")
+    out, heads = {}, set()
+    for name, short in clean.items():
+        inside = short.removeprefix(bodies[0])
+        inside = inside.replace("LayerNorm.gamma", "LayerNorm.weight")  # TensorFlow's names
+        inside = inside.replace("LayerNorm.beta", "LayerNorm.bias")
+        where = inside.split(".")[:1] if inside != short or not bodies[0] else short.split(".")
+        if head := next((p for p in where if p in HEADS), None):
+            heads.add(head)
+        elif not inside.endswith("position_ids"):
+            out[name] = inside
+    if heads - {"pooler"}:
+        note(f"{place}: left out, as an encoder does not need them: {', '.join(sorted(heads))}")
+    return out
+
+
 def read_weights(folder, to=None, copy=False):
-    """All tensors of a directory by our names, pooler and position_ids left out; to, copy: as in read_safetensors."""
+    """All tensors of an encoder's directory by our names; to, copy: as in read_safetensors.
+
+    Raises: InputError for files that are missing or damaged, and for weights that are there twice,
+    of no floating dtype or not finite.
+    """
     folder = Path(folder)
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if file.exists():
+    if file.exists() or not index.exists():
+        _must_exist(file, OLD_WEIGHTS, "AutoModel")
         tensors = read_safetensors(file, to, copy)[0]
-    elif index.exists():
+    else:
         shards, tensors = read_json(index).get("weight_map"), {}
-        if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
-            raise InputError(f"{index}: weight_map must map tensor names to files beside it")
+        ok = isinstance(shards, dict)
+        ok = ok and all(isinstance(s, str) and Path(s).name == s for s in shards.values())
+        need(ok, f"{index}: weight_map must map tensor names to files beside it")
         for shard in sorted(set(shards.values())):
             part = read_safetensors(folder / shard, to, copy)[0]
-            if set(part) != {k for k, s in shards.items() if s == shard}:
-                raise InputError(f"{folder / shard}: its tensors are not those that {index.name} lists for it")
+            same = set(part) == {k for k, s in shards.items() if s == shard}
+            need(same, f"{folder / shard}: its tensors are not those that {index.name} lists")
             tensors.update(part)
-    else:
-        old = next((n for n in ("pytorch_model.bin", "tf_model.h5", "model.ckpt.index") if (folder / n).exists()), None)
-        raise InputError(f"{file}: no such file" + (f"; {old} is there, but it may run code when read. Convert it once, with transformers: "
-                         f"AutoModel.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})" if old else ""))
     out = {}
-    for name, t in tensors.items():
-        short = name.removeprefix("bert.").removeprefix("roberta.")
-        short = short.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if short.startswith("pooler.") or short.endswith("position_ids"):
-            continue
-        need(short not in out, f"{folder}: weight {name} is there twice")
-        need(t.is_floating_point(), f"{folder}: weight {name} has dtype {t.dtype}, expected a floating one")
-        need(torch.isfinite(t.sum()), f"{folder}: weight {name} holds values that are not finite; the model is broken, use another checkpoint")
+    for name, short in body_names(tensors, folder).items():
+        t, weight = tensors[name], f"{folder}: weight {name}"
+        need(short not in out, f"{weight} is there twice")
+        need(t.is_floating_point(), f"{weight} has dtype {t.dtype}, expected a floating one")
+        need(torch.isfinite(t.sum()), f"{weight} holds values that are not finite; it is broken")
         out[short] = t
     return from_hf(out)
 
 
+OLD_WEIGHTS = ("pytorch_model.bin", "tf_model.h5", "model.ckpt.index")
+
+
+def _must_exist(file, others, transformers_class):
+    """Raises: InputError where `file` is missing, with how to make it of one of `others`."""
+    if not file.exists():
+        old = next((n for n in others if (file.parent / n).exists()), None)
+        place = repr(str(file.parent))
+        fix = f"{transformers_class}.from_pretrained({place}).save_pretrained({place})"
+        there = f"; {old} is there, but it may run code when read" if old == OLD_WEIGHTS[0] else ""
+        there = there or (f"; {old} is there" if old else "")
+        there += f". Convert it once, with transformers: {fix}" if old else ""
+        raise InputError(f"{file}: no such file{there}")
+
+
 def read_tokenizer(folder):
-    """(tokenizer, pad id) of a directory: tokenizer.json, its pad token, and start and end tokens that it adds itself."""
+    """(tokenizer, pad id) of a directory: tokenizer.json, and the pad token that its files name.
+
+    Raises: InputError where there is no pad token of its own, or no start and end are added.
+    """
     folder = Path(folder)
     file = folder / "tokenizer.json"
-    if not file.exists():
-        old = next((n for n in ("sentencepiece.bpe.model", "spiece.model", "vocab.txt", "vocab.json") if (folder / n).exists()), None)
-        raise InputError(f"{file}: no such file" + (f"; {old} is there. Convert it once, with transformers: "
-                         f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})" if old else ""))
+    old = ("sentencepiece.bpe.model", "spiece.model", "vocab.txt", "vocab.json")
+    _must_exist(file, old, "AutoTokenizer")
     try:
         tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
-    except Exception as e:                                       # tokenizers raises bare Exception; this re-raises with the name
+    except Exception as e:  # tokenizers raises bare Exception
         raise InputError(f"{file}: not a readable tokenizer ({e})") from None
-    names = [read_json(f).get("pad_token") for f in (folder / "special_tokens_map.json", folder / "tokenizer_config.json") if f.exists()]
+    beside = [folder / "special_tokens_map.json", folder / "tokenizer_config.json"]
+    names = [read_json(f).get("pad_token") for f in beside if f.exists()]
     names = [n.get("content") if isinstance(n, dict) else n for n in names] + ["<pad>", "[PAD]"]
-    pad_id = next((i for n in names if isinstance(n, str) and (i := tokenizer.token_to_id(n)) is not None), None)
-    if pad_id is None:
-        raise InputError(f"{file}: no pad token (looked for {', '.join(repr(n) for n in dict.fromkeys(names) if n)}); "
-                         "batches cannot be formed without one")
+    ids = [tokenizer.token_to_id(n) for n in names if isinstance(n, str)]
+    pad_id = next((i for i in ids if i is not None), None)
+    looked = ", ".join(repr(n) for n in dict.fromkeys(names) if n)
+    need(pad_id is not None, f"{file}: no pad token (looked for {looked}); batches need one")
     tokenizer.no_padding()
     ends = tokenizer.encode("").ids
-    if len(ends) < 2:
-        raise InputError(f"{file}: adds no start and end tokens to a sentence; its post_processor is missing. Save it again with transformers")
-    if pad_id in ends:
-        raise InputError(f"{file}: its pad token has id {pad_id}, which is also that of its start or end token; expected one of its own")
+    need(
+        len(ends) >= 2,
+        f"{file}: adds no start and end tokens to a sentence; its post_processor is missing. "
+        "Save it again with transformers",
+    )
+    need(pad_id not in ends, f"{file}: its pad token, id {pad_id}, is also its start or end token")
     return tokenizer, pad_id
 
 
@@ -551,39 +855,172 @@ def best_dtype(device):
     if torch.device(device).type == "cuda":
         what, has = "GPU", torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        what, has = "CPU", torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return (torch.bfloat16, f"the {what} has bfloat16 units") if has else (torch.float32, f"the {what} has no bfloat16 units")
+        what = "CPU"
+        has = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    dtype = torch.bfloat16 if has else torch.float32
+    return dtype, f"the {what} has {'' if has else 'no '}bfloat16 units"
 
 
 def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=math.inf):
-    """An Encoder from a model directory: this project's, sentence-transformers', plain Hugging Face (BERT and RoBERTa
-    families), or the authors' students. Never runs code from a file.
+    """An Encoder from a model directory; never runs code from a file.
 
-    dtype: 'float32', 'bfloat16' or None, the best on this device. train: keep float32 master weights whatever the dtype.
-    dropout: in training; max_tokens: truncate to fewer tokens than the files say.
-    Raises: InputError naming the file and the fix for anything missing, damaged or unsupported."""
+    folder: this project's, sentence-transformers', plain Hugging Face (BERT and RoBERTa families),
+    or the authors' students. dtype: 'float32', 'bfloat16' or None, the best on this device.
+    train: keep float32 master weights whatever the dtype. dropout: in training.
+    max_tokens: truncate to fewer tokens than the files say.
+    Raises: InputError naming the file and the fix for anything missing, damaged or unsupported.
+    """
     root = Path(folder)
-    need(root.is_dir(), f"{root}: no such model directory; expected config.json, tokenizer.json and model.safetensors in it")
+    expected = "config.json, tokenizer.json and model.safetensors in it"
+    need(root.is_dir(), f"{root}: no such model directory; expected {expected}")
+    need(dtype in (None, "float32", "bfloat16"), f"dtype {dtype!r}: expected float32 or bfloat16")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    need(dtype in (None, "float32", "bfloat16"), f"dtype {dtype!r}: expected 'float32', 'bfloat16' or None")
     kind = getattr(torch, dtype) if dtype else best_dtype(device)[0]
-    body = _modules(root)[0]
-    tokenizer, pad_id = read_tokenizer(body)
-    state = read_weights(body, torch.float32 if train else kind, copy=train)
-    table = state.get("embeddings.word.weight")
-    need(table is not None and table.dim() == 2, f"{body / 'model.safetensors'}: no 2-dimensional embeddings.word_embeddings.weight in it; "
-         "not an encoder of a supported family")
-    layers = len({k.split(".")[1] for k in state if k.startswith("layers.")})
-    config = read_config(root, pad_id, table.shape, layers)
-    config = replace(config, dropout=dropout, max_seq_length=min(config.max_seq_length, max_tokens))
+    modules = read_modules(root)
+    tokenizer, pad_id = read_tokenizer(modules["body"])
+    state = read_weights(modules["body"], torch.float32 if train else kind, copy=train)
+    for i, dense in enumerate(modules.get("dense_folders", ())):
+        file = dense / "model.safetensors"
+        _must_exist(file, OLD_WEIGHTS, "SentenceTransformer")
+        state |= {f"dense.{i}.{k}": v for k, v in read_safetensors(file, torch.float32)[0].items()}
+    place, table = modules["body"] / "model.safetensors", state.get("embeddings.word.weight")
+    ok = table is not None and table.dim() == 2
+    need(ok, f"{place}: no 2-dimensional embeddings.word_embeddings.weight; not an encoder")
+    config = read_config(root, pad_id, {k: tuple(v.shape) for k, v in state.items()})
+    config = replace(config, dropout=dropout)
+    config = replace(config, max_seq_length=min(config.max_seq_length, max_tokens))
     largest = max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
-    need(largest < config.vocab_size, f"{body / 'tokenizer.json'}: token ids up to {largest}, but the word table has {config.vocab_size} rows; "
-         "they are not of one model")
-    with torch.device("meta"):                                   # shapes only: the weights are the file's, not copies
+    need(
+        largest < config.vocab_size,
+        f"{modules['body'] / 'tokenizer.json'}: token ids up to {largest}, but the word table has "
+        f"{config.vocab_size} rows; they are not of one model",
+    )
+    with torch.device("meta"):  # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, kind)
-    want = {k: v.shape for k, v in model.state_dict().items()}
-    faults = [f"missing {k}" for k in want if k not in state] + [f"unexpected {k}" for k in state if k not in want] + [
-        f"{k} has shape {tuple(state[k].shape)}, expected {tuple(s)}" for k, s in want.items() if k in state and state[k].shape != s]
-    need(not faults, f"{body}: {len(faults)} weights do not fit config.json: {'; '.join(faults[:12])}{' ...' * (len(faults) > 12)}")
-    model.load_state_dict(state, assign=True)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as e:  # lists what is missing, unexpected or of another shape
+        faults = " ".join(str(e).split()[6:])
+        raise InputError(f"{place}: does not fit config.json: {faults:.900}") from None
     return model.to(device).requires_grad_(train).train(train)
+
+
+# -------------------------------------------------------------------------------------------- use
+class Parser(argparse.ArgumentParser):
+    """argparse, its complaints in one line like every other, with the nearest known flag."""
+
+    def error(self, message):
+        known = [s for a in self._actions for s in a.option_strings]
+        word = message.split(": ")[-1].split("=")[0].split(" ")[0]
+        near = difflib.get_close_matches(word, known, 1) if "unrecognized" in message else ()
+        hint = f"did you mean {near[0]}?" if near else "--help lists what there is"
+        raise InputError(f"{message}; {hint}")
+
+
+def run_cli(main):
+    """Call a command line's main(); an InputError becomes one line and exit code 2."""
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def read_texts(path):
+    """The lines of a UTF-8 text file or, for "-", of standard input."""
+    try:
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        texts = raw.decode("utf-8-sig").splitlines()
+    except OSError as e:
+        raise InputError(f"{path}: cannot read ({e.strerror})") from None
+    except UnicodeDecodeError as e:
+        line = raw[: e.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: not UTF-8 ({e.reason}); convert it with iconv") from None
+    need(texts, f"{path}: no lines to read")
+    return texts
+
+
+def meter(what, say=None):
+    """A callback (done, all) that reports progress of long work at most every five seconds.
+
+    say: what prints it; by default on standard error.
+    """
+    begun = shown = time.monotonic()
+
+    def show(done, total):
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown > 5:
+            left = (now - begun) / done * (total - done)
+            rate = f"{done / (now - begun):,.0f}/s"
+            text = f"{what}  {done:,}/{total:,}  {rate}  {left // 60:.0f}:{left % 60:02.0f} left"
+            say(text) if say else print(text, file=sys.stderr)
+            shown = now
+
+    return show
+
+
+def describe(model):
+    """The shape and the size of a model, a few lines of text."""
+    c = model.config
+    lines = [
+        f"{c.model_type}, hidden size {c.hidden_size}, {c.num_hidden_layers} layers x "
+        f"{c.recurrence}, bottleneck {c.bottleneck_size or 'none'}, vocabulary {c.vocab_size}, "
+        f"{c.pooling} pooling{', unit vectors' if c.normalize else ''}"
+        f"{f', prompt {c.prompt!r}' if c.prompt else ''}, at most {c.max_seq_length} tokens"
+    ]
+    for part, n in ledger(c).items():
+        mib = n * 4 / 2**20
+        lines.append(
+            f"{part:10}{n:14,} parameters{mib:10.1f} MB float32{mib / 2:10.1f} MB bfloat16"
+        )
+    return "\n".join(lines)
+
+
+def parser():
+    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="arithmetic; default: the best"
+    )
+    commands = ap.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, arguments, text in (
+        ("similarity", ("a", "b"), "the cosine of two sentences"),
+        ("search", ("corpus", "query"), "the lines of a text file that are nearest to a query"),
+        ("encode", (), "lines of standard input to vectors, a .npy file on standard output"),
+        ("info", (), "shape and size"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        for argument in ("model", *arguments):
+            sub.add_argument(argument)
+    commands.choices["search"].add_argument("--top", type=int, default=5, help="lines to show")
+    return ap
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    words = " ".join(map(str, vars(args).values()))
+    plain = all(unicodedata.category(x) not in ("Cc", "Cs") for x in words)
+    need(plain, "expected text in UTF-8 without control characters")
+    need(getattr(args, "top", 1) > 0, "--top: expected 1 or more")
+    model = load(args.model, args.dtype)
+    if args.command == "similarity":
+        a, b = unit(model.encode([args.a, args.b]))
+        print(f"{float(a @ b):.4f}")
+    elif args.command == "search":
+        lines = read_texts(args.corpus)
+        vectors = unit(model.encode(lines, progress=meter(args.corpus)))
+        scores = vectors @ unit(model.encode(args.query))  # (n,)
+        for i in np.argsort(-scores, kind="stable")[: args.top]:
+            print(f"{scores[i]:.4f}\t{i + 1}\t{lines[i]}")
+    elif args.command == "encode":
+        np.save(sys.stdout.buffer, model.encode(read_texts("-"), progress=meter("encode")))
+    else:
+        print(describe(model))
+
+
+if __name__ == "__main__":
+    run_cli(main)
