@@ -54,7 +54,7 @@ def refuse_formats(path, head):
     name, command = next((v for k, v in FORMATS.items() if head.startswith(k)), (None, ""))
     if name is None and head.count(0) > len(head) / 5:  # no byte order mark, but every second byte
         bits = 32 if head.count(0) > len(head) / 2 else 16
-        order = "LE" if head[1] == 0 else "BE"
+        order = "BE" if head[0] == 0 else "LE"
         name = f"UTF-{bits} text"
         command = f"iconv -f UTF-{bits}{order} -t UTF-8 '{{0}}' > '{{1}}'"
     new = Path(path).with_suffix(".utf8.tsv" if "UTF" in str(name) else ".tsv")
