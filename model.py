@@ -27,7 +27,6 @@ import re
 import shutil
 import sys
 import time
-import unicodedata
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -75,6 +74,20 @@ def delete(path):
 
 
 @contextlib.contextmanager
+def reading(path, expected, fix=""):
+    """Around what reads a file: any failure becomes one InputError line that names the file."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except OSError as e:
+        raise InputError(f"{path}: cannot read ({e.strerror or e})") from e
+    except Exception as e:  # a damaged file can make a library raise anything
+        why = " ".join(str(e).split())
+        raise InputError(f"{path}: not {expected}: {why:.900}{fix}") from e
+
+
+@contextlib.contextmanager
 def atomic(path):
     """Yield a temporary name beside `path`, a file's or a folder's; success renames it to `path`.
 
@@ -103,22 +116,15 @@ def atomic(path):
         finally:
             delete(tmp)
     except OSError as e:
-        raise InputError(
-            f"{path}: cannot write ({e.strerror or e}); nothing there was changed. "
-            "Free some space or choose another folder, then run the same command again"
-        ) from e
+        fix = "nothing there was changed. Free some space or choose another folder, then repeat"
+        raise InputError(f"{path}: cannot write ({e.strerror or e}); {fix}") from e
 
 
 def read_json(path, kind=dict):
     """The value of a JSON file. Raises: InputError if missing, malformed or of another kind."""
-    try:
+    with reading(path, "readable as JSON"):
         value = json.loads(Path(path).read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not readable as JSON ({e})") from None
-    found, expected = type(value).__name__, "list" if kind is list else "object"
-    need(isinstance(value, kind), f"{path}: expected a JSON {expected}, found {found}")
+        need(isinstance(value, kind), f"a {type(value).__name__}, expected a {kind.__name__}")
     return value
 
 
@@ -132,56 +138,43 @@ def is_count(value, limit=2**62):
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit
 
 
-def _is_entry(entry):
-    """Is this a header's description of a tensor: {"dtype", "shape", "data_offsets"}?"""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        return False
-    shape, span = entry["shape"], entry["data_offsets"]
-    lists = isinstance(shape, list) and isinstance(span, list) and len(span) == 2
-    known = isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES
-    return lists and known and all(map(is_count, shape + span))
-
-
-def _no_duplicates(pairs):
-    keys = [k for k, _ in pairs]
-    _check(len(set(keys)) == len(keys), f"duplicate key {max(keys, key=keys.count)!r}")
-    return dict(pairs)
-
-
-def _check(ok, reason):
-    if not ok:
-        raise ValueError(reason)
+def _once(pairs):
+    """A JSON object's pairs as a dict; of two values for one name, which is the right one?"""
+    out = {}
+    for key, value in pairs:
+        need(key not in out, f"duplicate key {key!r}")
+        out[key] = value
+    return out
 
 
 def _read_header(data):
     """(metadata, {name: (dtype, shape, first byte, last byte)}) of a safetensors file's bytes.
 
     A header is not to be trusted: every number is checked before a byte is read by it.
-    Raises: ValueError with the reason.
+    Raises: InputError with the reason, or what a wrong type raises.
     """
-    _check(len(data) >= 8, f"{len(data)} bytes, too short for a header")
-    body = 8 + int.from_bytes(data[:8], "little")
-    _check(body <= len(data), f"a header of {body - 8} bytes in {len(data)}: truncated or damaged")
-    header = json.loads(data[8:body].decode("utf-8"), object_pairs_hook=_no_duplicates)
-    _check(isinstance(header, dict), "the header is no JSON object")
+    need(len(data) >= 8, f"{len(data)} bytes, too short for a header")
+    at = body = 8 + int.from_bytes(data[:8], "little")
+    need(body <= len(data), f"a header of {body - 8} bytes in {len(data)}: truncated or damaged")
+    header = json.loads(data[8:body].decode("utf-8"), object_pairs_hook=_once)
+    need(isinstance(header, dict), "the header is no JSON object")
     meta, entries = header.pop("__metadata__", {}), {}
     texts = isinstance(meta, dict) and all(isinstance(v, str) for v in meta.values())
-    _check(texts, "metadata must map text to text")
+    need(texts, "metadata must map text to text")
+    form = f"exactly dtype (one of {', '.join(DTYPES)}), shape and two data_offsets"
     for name, entry in header.items():
-        expected = f"exactly dtype (one of {', '.join(DTYPES)}), shape and two data_offsets"
-        _check(name.isprintable() and _is_entry(entry), f"{name!r} is {entry!r}, not {expected}")
-        kind, shape = DTYPES[entry["dtype"]], entry["shape"]
-        start, end = (body + x for x in entry["data_offsets"])
-        inside = start <= end <= len(data)
-        _check(inside, f"{name!r} ends at byte {end} of {len(data)}: truncated or damaged")
-        fits = end - start == math.prod(shape) * kind.itemsize
-        _check(fits, f"{name!r} is {kind} {shape} but has {end - start} bytes")
-        entries[name] = kind, shape, start, end
-    at = body
+        with reading(f"{name!r} {entry!r:.200}", form):
+            kind, shape, span = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            lists = type(shape) is type(span) is list and len(span) == 2 and len(entry) == 3
+            need(lists and all(map(is_count, shape + span)), "expected lists of whole numbers")
+            need(name.isprintable(), "expected a printable name")
+        (start, end), size = span, math.prod(shape) * kind.itemsize
+        need(end - start == size, f"{name!r} is {kind} {shape} but has {end - start} bytes")
+        entries[name] = kind, shape, body + start, body + end
     for start, end, name in sorted((*e[2:], name) for name, e in entries.items()):
-        _check(start == at, f"{name!r} starts at byte {start}, not {at}: an overlap or a hole")
+        need(start == at, f"{name!r} starts at byte {start}, not {at}: an overlap or a hole")
         at = end
-    _check(at == len(data), f"{len(data) - at} bytes after the last tensor")
+    need(at == len(data), f"the tensors end at byte {at} of {len(data)}: truncated or damaged")
     return meta, entries
 
 
@@ -193,16 +186,11 @@ def read_safetensors(path, to=None, copy=False):
     one at a time, and the pages they came from are given back.
     Raises: InputError with the file and the reason.
     """
-    try:
-        with open(path, "rb") as f:
-            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    fix = ". Fetch or export it again"
+    with reading(path, "a valid safetensors file", fix), open(path, "rb") as f:
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         meta, entries = _read_header(data)
-    except OSError as e:
-        raise InputError(f"{path}: cannot read ({e})") from None
-    except (ValueError, RecursionError) as e:
-        reason = f"not a valid safetensors file: {e}"
-        raise InputError(f"{path}: {reason}. Fetch or export it again") from None
-    tensors = {}
+    tensors, page = {}, mmap.PAGESIZE
     for name, (kind, shape, start, end) in entries.items():
         raw = torch.from_numpy(np.frombuffer(data, np.uint8, end - start, start))
         raw = raw.clone() if start % kind.itemsize else raw  # a foreign writer's: aligned by a copy
@@ -210,11 +198,9 @@ def read_safetensors(path, to=None, copy=False):
         target = to if to and kind.is_floating_point else kind
         if copy or target != kind:
             tensors[name] = tensors[name].to(target, copy=True)
-            first, last = (x // mmap.PAGESIZE * mmap.PAGESIZE for x in (start - 1, end))
-            if last > first + mmap.PAGESIZE and hasattr(data, "madvise"):  # whole pages inside
-                data.madvise(
-                    mmap.MADV_DONTNEED, first + mmap.PAGESIZE, last - first - mmap.PAGESIZE
-                )
+            first, last = -(-start // page) * page, end // page * page  # whole pages inside
+            if last > first and hasattr(data, "madvise"):
+                data.madvise(mmap.MADV_DONTNEED, first, last - first)
     return tensors, meta
 
 
@@ -225,10 +211,9 @@ def write_safetensors(path, tensors, meta=None):
     order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))
     header, offset = {"__metadata__": {"format": "pt", **(meta or {})}}, 0
     for name in order:
-        t = tensors[name]
-        start, offset = offset, offset + t.numel() * t.dtype.itemsize
-        entry = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [start, offset]}
-        header[name] = entry
+        t, span = tensors[name], [offset, offset + tensors[name].nbytes]
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": span}
+        offset = span[1]
     text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     text += b" " * (-len(text) % 8)
     with atomic(path) as tmp, open(tmp, "wb") as f:
@@ -242,16 +227,9 @@ def write_safetensors(path, tensors, meta=None):
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
 TEACHERS = "all-MiniLM-L6-v2, all-distilroberta-v1, paraphrase-MiniLM-L12-v2"  # that work
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len")
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "identity": lambda x: x,
-}
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATIONS |= {"sigmoid": torch.sigmoid, "identity": nn.Identity()}
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), nn.GELU("tanh"))
 
 
 @dataclass(frozen=True)
@@ -289,9 +267,12 @@ class Config:
         return self.dense[-1][0] if self.dense else self.hidden_size
 
 
+TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 CHOICES = {"model_type": FAMILIES, "hidden_act": tuple(ACTIVATIONS), "pooling": POOLINGS}
+CHOICES |= {"position_embedding_type": ("absolute",), "is_decoder": (False,)}
 # What a config.json may leave out, where that is not the default of Config.
-UNSAID = {"type_vocab_size": 2, "position_embedding_type": "absolute", "is_decoder": False}
+UNSAID = {"type_vocab_size": 2, "max_seq_length": 2**30}
+UNSAID |= {"position_embedding_type": "absolute", "is_decoder": False}
 
 
 def read_config(root, pad_id, shapes):
@@ -301,130 +282,108 @@ def read_config(root, pad_id, shapes):
     leaves out or has wrong: the authors' students say nothing of B, K and R, and position tables
     are often cut or extended. Raises: InputError naming the file, the value and what was expected.
     """
-    modules = read_modules(root)
-    file = modules.pop("body") / "config.json"
-    beside = file.parent / "sentence_bert_config.json"  # maximum length and lower-casing
-    lengths = read_json(beside) if modules and beside.exists() else {}
-    said = read_json(file) | modules
-    if said.get("max_seq_length") is None:
-        said["max_seq_length"] = said.get("max_position_embeddings")
-    said = {k: v for k, v in {**said, **lengths}.items() if v is not None}
-    raw = {f.name: f.default for f in fields(Config)} | UNSAID | said
+    body, _, modules = read_modules(root)
+    file = body / "config.json"
+    said = {k: (v, file) for k, v in read_json(file).items()} | modules
+    said = {k: v for k, v in said.items() if v[0] is not None and k != "dropout"}
+    raw = {f.name: f.default for f in fields(Config)} | UNSAID | {k: v[0] for k, v in said.items()}
 
     def check(ok, name, expected):
-        place = beside if name in lengths else file
-        need(ok, f"{place}: {name} is {said.get(name)!r}, expected {expected}")
+        value, place = said.get(name, (None, file))
+        need(ok, f"{place}: {name} is {value!r}, expected {expected}")
 
     _check_values(raw, check)
     (V, width), H = shapes["embeddings.word.weight"], raw["hidden_size"]
     check(raw["vocab_size"] == V, "vocab_size", f"{V}, the rows of the word table in the weights")
     B = width if width != H or raw["bottleneck_size"] else 0
-    same = said.get("bottleneck_size", B) == B
+    same = "bottleneck_size" not in said or raw["bottleneck_size"] == B
     check(same, "bottleneck_size", f"{B}, the width of the word table in the weights")
     # The authors' students keep the assistant's config.json: their K x R is its number of layers.
     # Without their bottleneck, fewer layers than config.json says are a damaged file.
     depth, K = raw["num_hidden_layers"], len({k.split(".")[1] for k in shapes if "layers." in k})
     unsaid = "recurrence" not in said and B and K and depth % K == 0
     check(K == depth or unsaid, "num_hidden_layers", f"{K}, the layers in the weights")
-    P = shapes.get("embeddings.position.weight", [raw["max_position_embeddings"]])[0]
-    if P != raw["max_position_embeddings"]:
-        note(
-            f"{file}: {raw['max_position_embeddings']} positions, the table in the weights has {P}"
-        )
-    if raw["model_type"] != "bert":  # positions are counted from it
-        same = said.get("pad_token_id", pad_id) == pad_id
-        check(same, "pad_token_id", f"{pad_id}, the tokenizer's")
-    raw |= {"num_hidden_layers": K, "bottleneck_size": B, "pad_token_id": pad_id, "dropout": 0.0}
-    raw |= {"recurrence": depth // K if unsaid else raw["recurrence"], "max_position_embeddings": P}
-    raw["dense"] = tuple(map(tuple, raw["dense"]))
+    R, positions = depth // K if unsaid else raw["recurrence"], raw["max_position_embeddings"]
+    P = shapes.get("embeddings.position.weight", [positions])[0]
+    if P != positions:
+        note(f"{file}: {positions} positions, the table in the weights has {P}")
+    same = raw["model_type"] == "bert" or said.get("pad_token_id", (pad_id,))[0] == pad_id
+    check(same, "pad_token_id", f"{pad_id}, the tokenizer's: positions are counted from it")
+    raw |= {"num_hidden_layers": K, "recurrence": R, "bottleneck_size": B, "pad_token_id": pad_id}
+    raw |= {"max_position_embeddings": P, "dense": tuple(map(tuple, raw["dense"]))}
     config = Config(**{f.name: raw[f.name] for f in fields(Config)})
-    limit = P - config.first_position
-    return replace(config, max_seq_length=min(config.max_seq_length, limit))
+    longest = min(config.max_seq_length, P - config.first_position)
+    check(longest > 2, "max_seq_length", f"over 2, within the {P} positions in the weights")
+    return replace(config, max_seq_length=longest)
 
 
 def _check_values(raw, check):
     """Has every value of a config.json its type, and is it one that this encoder knows?"""
-    for f in fields(Config):
-        value = list(raw[f.name]) if f.type is tuple else raw[f.name]
-        ok = type(value) is (list if f.type is tuple else f.type)
-        ok = ok and (f.type is not int or is_count(value, 2**31))
-        expected = {int: "a whole number", bool: "true or false", str: "text", tuple: "a list"}
-        check(ok, f.name, expected.get(f.type, "a number"))
-    more = {"model_type": f". Teachers that work: {TEACHERS}"}
     for name, known in CHOICES.items():
-        check(raw[name] in known, name, f"one of {', '.join(known)}{more.get(name, '')}")
+        more = f". Teachers that work: {TEACHERS}" if name == "model_type" else ""
+        check(raw[name] in known, name, f"one of {', '.join(map(str, known))}{more}")
+    for f in fields(Config):
+        ok = f.type is not int or is_count(raw[f.name], 2**31)
+        typed = f.type is tuple or type(raw[f.name]) is f.type
+        check(ok and typed, f.name, TYPES.get(f.type))
     H, heads = raw["hidden_size"], raw["num_attention_heads"]
     check(heads and H % heads == 0, "num_attention_heads", f"a divisor of hidden_size {H}")
     check(0 < raw["layer_norm_eps"] < 1, "layer_norm_eps", "a small positive number")
     check(0 < raw["recurrence"] < 1000, "recurrence", "1 to 999")
-    check(raw["max_seq_length"] > 2, "max_seq_length", "a whole number over 2")
-    check(raw["position_embedding_type"] == "absolute", "position_embedding_type", "'absolute'")
-    check(raw["is_decoder"] is False, "is_decoder", "false")
-    check(all(map(_is_dense, raw["dense"])), "dense", DENSE)
-
-
-def read_modules(root):
-    """What sentence-transformers' files say: {"body": folder of the transformer, "pooling", ...}.
-
-    The body's folder alone where there is no modules.json.
-    """
-    file = Path(root) / "modules.json"
-    if not file.exists():
-        return {"body": Path(root)}
-    try:
-        modules = [(m["type"].rsplit(".", 1)[-1], m["path"]) for m in read_json(file, list)]
-        names, folders = [k for k, _ in modules], [Path(root) / path for _, path in modules]
-    except (KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{file}: not a list of modules with type and path ({e})") from None
-    need(
-        re.fullmatch("Transformer Pooling( Dense)*( Normalize)?", " ".join(names)),
-        f"{file}: modules {names}; expected Transformer, Pooling, any number of Dense and perhaps "
-        "Normalize, in this order; others are not supported",
-    )
-    dense = [f for name, f in zip(names, folders) if name == "Dense"]
-    settings = read_json(prompts) if (prompts := Path(root) / PROMPTS).exists() else {}
-    default = settings.get("default_prompt_name")
-    return {
-        "body": folders[0],
-        "pooling": _read_pooling(folders[1] / "config.json"),
-        "dense_folders": dense,
-        "dense": [_read_dense(f / "config.json") for f in dense],
-        "normalize": names[-1] == "Normalize",
-        "prompt": settings.get("prompts", {}).get(default, "") if default else "",
-    }
-
-
-PROMPTS = "config_sentence_transformers.json"
-
-
-def _read_pooling(file):
-    """The one pooling that a Pooling module's config.json switches on."""
-    raw = read_json(file)
-    modes = [raw["pooling_mode"]] if "pooling_mode" in raw else []
-    for key, value in raw.items():  # the older form: pooling_mode_mean_tokens: true, ...
-        if key.startswith("pooling_mode_") and value is not False:
-            modes.append(re.sub("^pooling_mode_|_tokens?$", "", key))
-    ok = len(modes) == 1 and modes[0] in POOLINGS
-    need(ok, f"{file}: pooling {modes}, expected exactly one of {', '.join(POOLINGS)}")
-    return modes[0]
-
-
-def _read_dense(file):
-    """[width, activation, bias] of a Dense module's config.json."""
-    raw = read_json(file)
-    activation = str(raw.get("activation_function", "Tanh")).rsplit(".", 1)[-1].lower()
-    dense = [raw.get("out_features"), activation, raw.get("bias", True)]
-    need(_is_dense(dense), f"{file}: {dense}, expected {DENSE}")
-    return dense
-
-
-DENSE = f"[width, one of {', '.join(ACTIVATIONS)}, true or false]"
+    dense = isinstance(raw["dense"], (list, tuple)) and all(map(_is_dense, raw["dense"]))
+    check(dense, "dense", f"[width, one of {', '.join(ACTIVATIONS)}, true or false] of each")
 
 
 def _is_dense(x):
     """Is this [width, activation, bias], a linear map after pooling?"""
     typed = isinstance(x, list) and list(map(type, x)) == [int, str, bool]
     return typed and 0 < x[0] < 2**31 and x[1] in ACTIVATIONS
+
+
+def read_modules(root):
+    """(the transformer's folder, those of Dense modules, {setting: (value, file that says it)}).
+
+    From sentence-transformers' files; without a modules.json, `root` itself and nothing else.
+    Raises: InputError for modules that are not supported.
+    """
+    root = Path(root)
+    file, prompts = root / "modules.json", root / "config_sentence_transformers.json"
+    if not file.exists():
+        return root, [], {}
+    listed = read_json(file, list)
+    with reading(file, "a list of modules with type and path"):
+        modules = [(m["type"].rsplit(".", 1)[-1], root / m["path"]) for m in listed]
+    names = " ".join(name for name, _ in modules)
+    known = "Transformer Pooling( Dense)*( Normalize)?"
+    fits = re.fullmatch(known, names)
+    need(fits, f"{file}: modules {names!r}, expected {known}; others are not supported")
+    body, pooling, *dense = [folder for name, folder in modules if name != "Normalize"]
+    said = {"normalize": (names.endswith("Normalize"), file)}
+    said["pooling"] = _read_pooling(pooling / "config.json"), pooling / "config.json"
+    maps, files = [], [folder / "config.json" for folder in dense]
+    for raw in map(read_json, files):
+        activation = str(raw.get("activation_function", "Tanh")).rsplit(".", 1)[-1].lower()
+        maps.append([raw.get("out_features"), activation, raw.get("bias", True)])
+    said["dense"] = maps, ", ".join(map(str, files)) or file
+    settings = read_json(prompts) if prompts.exists() else {}
+    with reading(prompts, "prompts by name"):
+        prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name"), "")
+        said["prompt"] = prompt, prompts
+    beside = body / "sentence_bert_config.json"
+    lengths = read_json(beside) if beside.exists() else {}
+    for name in lengths.keys() & {"max_seq_length", "do_lower_case"}:
+        said[name] = lengths[name], beside
+    return body, dense, said
+
+
+def _read_pooling(file):
+    """The pooling that a Pooling module's config.json switches on; a list, if not just one."""
+    raw = read_json(file)
+    modes = [raw["pooling_mode"]] if "pooling_mode" in raw else []
+    for key, value in raw.items():  # the older form: pooling_mode_mean_tokens: true, ...
+        if key.startswith("pooling_mode_") and value is not False:
+            modes.append(re.sub("^pooling_mode_|_tokens?$", "", key))
+    return modes[0] if len(modes) == 1 else modes
 
 
 # ----------------------------------------------------------------------------------------- layers
@@ -447,7 +406,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Embeddings(nn.Module):
-    """Ids to vectors. With a bottleneck the word table is (V, B), then a map B -> H without bias."""
+    """Ids to vectors. With a bottleneck the word table is (V, B), then a map B -> H, no bias."""
 
     def __init__(self, c):
         super().__init__()
@@ -474,7 +433,7 @@ class Embeddings(nn.Module):
 
 
 def plain_attention(q, k, v, bias, dropout=0.0):
-    """softmax(q k' / sqrt(d) + bias) v; q, k, v (N, h, T, d), bias as in Encoder.attention_bias.
+    """softmax(q k' / sqrt(d) + bias) v; q, k, v (N, h, T, d), bias as in Encoder.hidden.
 
     The path on CPU in training, where SDPA's backward pass costs more than these two products at
     sentence lengths, and for short sentences in bfloat16, where its forward pass does, too.
@@ -556,20 +515,17 @@ class Encoder(nn.Module):
     def device(self):
         return self.embeddings.word.weight.device
 
-    def attention_bias(self, mask, dtype):
-        """What is added to attention's scores, (N, 1, 1, T): -inf at pads. None: nothing."""
-        if mask.device.type == "cpu" and mask.all():  # asking a GPU would wait for it
-            return None
-        bias = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-        return bias[:, None, None]
-
     def hidden(self, ids, mask, layers=True):
         """ids, mask (N, T) -> (N, T, H). layers=False stops after the embedding block (stage 2)."""
         x = self.embeddings(ids, self.dtype)
-        bias = self.attention_bias(mask, x.dtype) if layers else None
-        for _ in range(self.config.recurrence if layers else 0):
-            for layer in self.layers:  # cycle order 1..K, 1..K, ...
-                x = layer(x, bias)
+        if not layers:
+            return x
+        bias = None  # added to attention's scores, (N, 1, 1, T): the lowest number at pads
+        if mask.device.type != "cpu" or not mask.all():  # asking a GPU would wait for it
+            lowest = torch.finfo(x.dtype).min
+            bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, lowest)[:, None, None]
+        for layer in [*self.layers] * self.config.recurrence:  # cycle order 1..K, 1..K, ...
+            x = layer(x, bias)
         return x
 
     def forward(self, ids, mask, layers=True):
@@ -629,11 +585,8 @@ class Encoder(nn.Module):
         single = isinstance(texts, str)
         texts = [texts] if single else list(texts)
         for i, t in enumerate(texts):
-            need(isinstance(t, str), f"text {i} is a {type(t).__name__}, {t!r:.60}; expected str")
-            try:
-                t.encode()
-            except UnicodeEncodeError as e:
-                raise InputError(f"text {i} cannot be encoded ({e}): {t!r:.60}") from None
+            with reading(f"text {i}, {t!r:.60}", "a str of whole characters"):
+                str.encode(t)
         out = self.embed(*self.tokenize(texts, prompt), progress=progress)
         normalize = self.config.normalize if normalize is None else normalize
         out = unit(out) if normalize else out
@@ -699,24 +652,24 @@ NAMES = {  # ours and Hugging Face's
     "embeddings.token_type.": "embeddings.token_type_embeddings.",
     "embeddings.norm.": "embeddings.LayerNorm.",
     "layers.": "encoder.layer.",
+    ".qkv.": ".attention.self.qkv.",
     ".out.": ".attention.output.dense.",
     ".norm1.": ".attention.output.LayerNorm.",
     ".up.": ".intermediate.dense.",
     ".down.": ".output.dense.",
     ".norm2.": ".output.LayerNorm.",
 }
-QKV = ["attention.self.query", "attention.self.key", "attention.self.value"]
-HEADS = (  # what pretraining and classifiers leave in a checkpoint; no sentence vector needs it
-    "pooler lm_head cls classifier pre_classifier qa_outputs score "
-    "vocab_transform vocab_layer_norm vocab_projector"
-).split()
+QKV = ("query", "key", "value")  # one weight here, "qkv"
+# What pretraining and classifiers leave in a checkpoint; no sentence vector needs it.
+HEADS = set("pooler lm_head cls classifier pre_classifier qa_outputs score".split())
+HEADS |= set("vocab_transform vocab_layer_norm vocab_projector".split())
+# What a directory may hold in place of the file that is read here.
+OLD = {"model.safetensors": ("pytorch_model.bin", "tf_model.h5", "model.ckpt.index")}
+OLD["tokenizer.json"] = ("sentencepiece.bpe.model", "spiece.model", "vocab.txt", "vocab.json")
 
 
 def to_hf(state):
-    """Our names to Hugging Face's; the fused qkv (3H, H) becomes query, key and value.
-
-    For weights and gradients alike.
-    """
+    """Our names to Hugging Face's, of weights or gradients; qkv (3H, H) becomes three."""
     out = {}
     for name, t in state.items():
         for ours, theirs in NAMES.items():
@@ -727,21 +680,20 @@ def to_hf(state):
 
 
 def from_hf(tensors):
-    """Hugging Face's names to ours: the inverse of to_hf.
+    """The inverse of to_hf. Names it does not know pass through, for a strict load to list.
 
-    Names it does not know, and a query, key or value that stands alone, pass through, for a strict
-    load to list.
+    Raises: KeyError or RuntimeError where a query, key or value is missing or misshapen.
     """
-    out, tensors = {}, dict(tensors)
-    for query in [name for name in tensors if QKV[0] in name]:
-        parts = [query.replace(QKV[0], part) for part in QKV]
-        shape = tensors[query].shape
-        if shape and all(p in tensors and tensors[p].shape == shape for p in parts):
-            tensors[query.replace(QKV[0], "qkv")] = torch.cat([tensors.pop(p) for p in parts])
+    out = {}
     for name, t in tensors.items():
-        for ours, theirs in sorted(NAMES.items(), key=lambda item: -len(item[1])):
-            name = name.replace(theirs, ours, 1)
-        out[name] = t
+        whole = re.sub(r"attention\.self\.(query|key|value)\.", "attention.self.qkv.", name)
+        parts = [whole.replace("qkv", part) for part in QKV] if name != whole else []
+        for ours, theirs in NAMES.items():
+            whole = whole.replace(theirs, ours, 1)
+        if not parts:
+            out[whole] = t
+        elif whole not in out:  # stack demands equal shapes, cat would not
+            out[whole] = torch.stack([tensors[p] for p in parts]).flatten(0, 1)
     return out
 
 
@@ -751,21 +703,20 @@ def body_names(names, place):
     The body is where the word table is, whatever a training wrapper put before or between.
     Raises: InputError for two bodies. What is no known head passes through, for a strict load.
     """
-    clean = {}  # module., _orig_mod., _fsdp_wrapped_module. and their kin
-    for name in names:
-        parts = [p for p in name.split(".") if p != "module" and not p.startswith("_")]
-        clean[name] = ".".join(parts)
+    clean = {}
+    for name in names:  # without module., _orig_mod., _fsdp_wrapped_module. and their kin
+        short = ".".join(p for p in name.split(".") if p != "module" and not p.startswith("_"))
+        # TensorFlow's names
+        clean[name] = short.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
     table = "embeddings.word_embeddings.weight"
     bodies = sorted({n.removesuffix(table) for n in clean.values() if n.endswith(table)}) or [""]
     need(len(bodies) < 2, f"{place}: encoders under {bodies}; keep one of them in the file")
     out, heads = {}, set()
     for name, short in clean.items():
         inside = short.removeprefix(bodies[0])
-        inside = inside.replace("LayerNorm.gamma", "LayerNorm.weight")  # TensorFlow's names
-        inside = inside.replace("LayerNorm.beta", "LayerNorm.bias")
-        where = inside.split(".")[:1] if inside != short or not bodies[0] else short.split(".")
-        if head := next((p for p in where if p in HEADS), None):
-            heads.add(head)
+        found = HEADS.intersection(inside.split("."))
+        if found and not inside.startswith(("embeddings.", "encoder.")):
+            heads |= found
         elif not inside.endswith("position_ids"):
             out[name] = inside
     if heads - {"pooler"}:
@@ -782,41 +733,37 @@ def read_weights(folder, to=None, copy=False):
     folder = Path(folder)
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if file.exists() or not index.exists():
-        _must_exist(file, OLD_WEIGHTS, "AutoModel")
+        _must_exist(file, "AutoModel.from_pretrained", folder)
         tensors = read_safetensors(file, to, copy)[0]
     else:
-        shards, tensors = read_json(index).get("weight_map"), {}
-        ok = isinstance(shards, dict)
-        ok = ok and all(isinstance(s, str) and Path(s).name == s for s in shards.values())
-        need(ok, f"{index}: weight_map must map tensor names to files beside it")
+        listed, tensors = read_json(index), {}
+        with reading(index, "a weight_map from tensor names to files beside it"):
+            shards = listed["weight_map"]
+            need(all(Path(s).name == s for s in shards.values()), "a file elsewhere")
         for shard in sorted(set(shards.values())):
             part = read_safetensors(folder / shard, to, copy)[0]
             same = set(part) == {k for k, s in shards.items() if s == shard}
             need(same, f"{folder / shard}: its tensors are not those that {index.name} lists")
             tensors.update(part)
-    out = {}
-    for name, short in body_names(tensors, folder).items():
-        t, weight = tensors[name], f"{folder}: weight {name}"
-        need(short not in out, f"{weight} is there twice")
-        need(t.is_floating_point(), f"{weight} has dtype {t.dtype}, expected a floating one")
-        need(torch.isfinite(t.sum()), f"{weight} holds values that are not finite; it is broken")
-        out[short] = t
-    return from_hf(out)
+    out, table = {}, "embeddings.word_embeddings.weight"
+    with reading(folder, "an encoder's weights"):
+        for name, short in body_names(tensors, folder).items():
+            t = tensors[name]
+            need(short not in out, f"{name} is there twice")
+            need(t.is_floating_point(), f"{name} has dtype {t.dtype}, expected a floating one")
+            need(torch.isfinite(t.sum()), f"{name} holds values that are not finite")
+            out[short] = t
+        need(table in out and out[table].dim() == 2, f"no 2-dimensional {table}")
+        return from_hf(out)
 
 
-OLD_WEIGHTS = ("pytorch_model.bin", "tf_model.h5", "model.ckpt.index")
-
-
-def _must_exist(file, others, transformers_class):
-    """Raises: InputError where `file` is missing, with how to make it of one of `others`."""
-    if not file.exists():
-        old = next((n for n in others if (file.parent / n).exists()), None)
-        place = repr(str(file.parent))
-        fix = f"{transformers_class}.from_pretrained({place}).save_pretrained({place})"
-        there = f"; {old} is there, but it may run code when read" if old == OLD_WEIGHTS[0] else ""
-        there = there or (f"; {old} is there" if old else "")
-        there += f". Convert it once, with transformers: {fix}" if old else ""
-        raise InputError(f"{file}: no such file{there}")
+def _must_exist(file, opener, folder):
+    """Raises: InputError where `file` is missing, with how `opener` makes it of what is there."""
+    old = next((n for n in OLD[file.name] if file.with_name(n).exists()), None)
+    risk = ", but it may run code when read" if old == "pytorch_model.bin" else ""
+    fix = f"{opener}({str(folder)!r}).save_pretrained({str(folder)!r})"
+    there = f"; {old} is there{risk}. Convert it once, with transformers: {fix}" if old else ""
+    need(file.exists(), f"{file}: no such file{there}")
 
 
 def read_tokenizer(folder):
@@ -824,29 +771,21 @@ def read_tokenizer(folder):
 
     Raises: InputError where there is no pad token of its own, or no start and end are added.
     """
-    folder = Path(folder)
-    file = folder / "tokenizer.json"
-    old = ("sentencepiece.bpe.model", "spiece.model", "vocab.txt", "vocab.json")
-    _must_exist(file, old, "AutoTokenizer")
-    try:
-        tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
-    except Exception as e:  # tokenizers raises bare Exception
-        raise InputError(f"{file}: not a readable tokenizer ({e})") from None
-    beside = [folder / "special_tokens_map.json", folder / "tokenizer_config.json"]
+    file = Path(folder, "tokenizer.json")
+    _must_exist(file, "AutoTokenizer.from_pretrained", folder)
+    beside = [file.with_name(n) for n in ("special_tokens_map.json", "tokenizer_config.json")]
     names = [read_json(f).get("pad_token") for f in beside if f.exists()]
     names = [n.get("content") if isinstance(n, dict) else n for n in names] + ["<pad>", "[PAD]"]
-    ids = [tokenizer.token_to_id(n) for n in names if isinstance(n, str)]
-    pad_id = next((i for i in ids if i is not None), None)
-    looked = ", ".join(repr(n) for n in dict.fromkeys(names) if n)
-    need(pad_id is not None, f"{file}: no pad token (looked for {looked}); batches need one")
-    tokenizer.no_padding()
-    ends = tokenizer.encode("").ids
-    need(
-        len(ends) >= 2,
-        f"{file}: adds no start and end tokens to a sentence; its post_processor is missing. "
-        "Save it again with transformers",
-    )
-    need(pad_id not in ends, f"{file}: its pad token, id {pad_id}, is also its start or end token")
+    with reading(file, "a usable tokenizer"):
+        tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
+        ids = [tokenizer.token_to_id(n) for n in names if isinstance(n, str)]
+        pad_id = next((i for i in ids if i is not None), None)
+        looked = ", ".join(repr(n) for n in dict.fromkeys(map(str, names)))
+        need(pad_id is not None, f"no pad token (looked for {looked}); batches need one")
+        tokenizer.no_padding()
+        ends, fix = tokenizer.encode("").ids, "save it again with transformers"
+        need(len(ends) >= 2, f"its post_processor adds no start and end tokens; {fix}")
+        need(pad_id not in ends, f"its pad token, id {pad_id}, is also its start or end token")
     return tokenizer, pad_id
 
 
@@ -855,10 +794,10 @@ def best_dtype(device):
     if torch.device(device).type == "cuda":
         what, has = "GPU", torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        what = "CPU"
-        has = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    dtype = torch.bfloat16 if has else torch.float32
-    return dtype, f"the {what} has {'' if has else 'no '}bfloat16 units"
+        cpu = torch.cpu
+        what, has = "CPU", cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported()
+    why = f"the {what} has {'' if has else 'no '}bfloat16 units"
+    return torch.bfloat16 if has else torch.float32, why
 
 
 def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=math.inf):
@@ -876,32 +815,22 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     need(dtype in (None, "float32", "bfloat16"), f"dtype {dtype!r}: expected float32 or bfloat16")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = getattr(torch, dtype) if dtype else best_dtype(device)[0]
-    modules = read_modules(root)
-    tokenizer, pad_id = read_tokenizer(modules["body"])
-    state = read_weights(modules["body"], torch.float32 if train else kind, copy=train)
-    for i, dense in enumerate(modules.get("dense_folders", ())):
-        file = dense / "model.safetensors"
-        _must_exist(file, OLD_WEIGHTS, "SentenceTransformer")
+    body, dense, _ = read_modules(root)
+    tokenizer, pad_id = read_tokenizer(body)
+    state = read_weights(body, torch.float32 if train else kind, copy=train)
+    for i, file in enumerate(f / "model.safetensors" for f in dense):
+        _must_exist(file, "SentenceTransformer", root)
         state |= {f"dense.{i}.{k}": v for k, v in read_safetensors(file, torch.float32)[0].items()}
-    place, table = modules["body"] / "model.safetensors", state.get("embeddings.word.weight")
-    ok = table is not None and table.dim() == 2
-    need(ok, f"{place}: no 2-dimensional embeddings.word_embeddings.weight; not an encoder")
     config = read_config(root, pad_id, {k: tuple(v.shape) for k, v in state.items()})
-    config = replace(config, dropout=dropout)
-    config = replace(config, max_seq_length=min(config.max_seq_length, max_tokens))
-    largest = max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
-    need(
-        largest < config.vocab_size,
-        f"{modules['body'] / 'tokenizer.json'}: token ids up to {largest}, but the word table has "
-        f"{config.vocab_size} rows; they are not of one model",
-    )
+    longest = min(config.max_seq_length, max_tokens)
+    config = replace(config, dropout=dropout, max_seq_length=longest)
+    V, largest = config.vocab_size, max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
+    few = f"token ids up to {largest}, but the word table has {V} rows; not of one model"
+    need(largest < V, f"{body / 'tokenizer.json'}: {few}")
     with torch.device("meta"):  # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, kind)
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as e:  # lists what is missing, unexpected or of another shape
-        faults = " ".join(str(e).split()[6:])
-        raise InputError(f"{place}: does not fit config.json: {faults:.900}") from None
+    with reading(body / "model.safetensors", "the weights that config.json describes"):
+        model.load_state_dict(state, assign=True)  # lists what is missing, unexpected, misshapen
     return model.to(device).requires_grad_(train).train(train)
 
 
@@ -932,79 +861,60 @@ def run_cli(main):
 
 def read_texts(path):
     """The lines of a UTF-8 text file or, for "-", of standard input."""
-    try:
+    with reading(path, "UTF-8 text", "; convert it with iconv"):
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         texts = raw.decode("utf-8-sig").splitlines()
-    except OSError as e:
-        raise InputError(f"{path}: cannot read ({e.strerror})") from None
-    except UnicodeDecodeError as e:
-        line = raw[: e.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line}: not UTF-8 ({e.reason}); convert it with iconv") from None
     need(texts, f"{path}: no lines to read")
     return texts
 
 
-def meter(what, say=None):
-    """A callback (done, all) that reports progress of long work at most every five seconds.
-
-    say: what prints it; by default on standard error.
-    """
+def meter(what, say=lambda text: print(text, file=sys.stderr)):
+    """A callback (done, all) that reports progress of long work at most every five seconds."""
     begun = shown = time.monotonic()
 
     def show(done, total):
         nonlocal shown
         now = time.monotonic()
         if now - shown > 5:
-            left = (now - begun) / done * (total - done)
-            rate = f"{done / (now - begun):,.0f}/s"
-            text = f"{what}  {done:,}/{total:,}  {rate}  {left // 60:.0f}:{left % 60:02.0f} left"
-            say(text) if say else print(text, file=sys.stderr)
+            rate = done / (now - begun)
+            m, s = divmod((total - done) / rate, 60)
+            say(f"{what}  {done:,}/{total:,}  {rate:,.0f}/s  {m:.0f}:{s:02.0f} left")
             shown = now
 
     return show
 
 
 def describe(model):
-    """The shape and the size of a model, a few lines of text."""
-    c = model.config
-    lines = [
-        f"{c.model_type}, hidden size {c.hidden_size}, {c.num_hidden_layers} layers x "
-        f"{c.recurrence}, bottleneck {c.bottleneck_size or 'none'}, vocabulary {c.vocab_size}, "
-        f"{c.pooling} pooling{', unit vectors' if c.normalize else ''}"
-        f"{f', prompt {c.prompt!r}' if c.prompt else ''}, at most {c.max_seq_length} tokens"
-    ]
-    for part, n in ledger(c).items():
-        mib = n * 4 / 2**20
-        lines.append(
-            f"{part:10}{n:14,} parameters{mib:10.1f} MB float32{mib / 2:10.1f} MB bfloat16"
-        )
+    """The shape and the size of a model: its Config, then the parameters of each part."""
+    lines = [f"{name:25}{value!r:>14}" for name, value in vars(model.config).items()]
+    for part, n in ledger(model.config).items():
+        mb = n * 4 / 2**20
+        sizes = f"parameters{mb:10.1f} MB float32{mb / 2:10.1f} MB bfloat16"
+        lines.append(f"{part:25}{n:14,} {sizes}")
     return "\n".join(lines)
 
 
-def parser():
+COMMANDS = {  # name: (arguments after the model, what it does)
+    "similarity": (("a", "b"), "the cosine of two sentences"),
+    "search": (("corpus", "query"), "the lines of a text file that are nearest to a query"),
+    "encode": ((), "lines of standard input to vectors, a .npy file on standard output"),
+    "info": ((), "shape and size"),
+}
+
+
+def main(argv=None):
     ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="arithmetic; default: the best"
-    )
+    kinds = ("float32", "bfloat16")
+    ap.add_argument("--dtype", choices=kinds, help="arithmetic; default: the best")
     commands = ap.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, arguments, text in (
-        ("similarity", ("a", "b"), "the cosine of two sentences"),
-        ("search", ("corpus", "query"), "the lines of a text file that are nearest to a query"),
-        ("encode", (), "lines of standard input to vectors, a .npy file on standard output"),
-        ("info", (), "shape and size"),
-    ):
+    for name, (arguments, text) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
         for argument in ("model", *arguments):
             sub.add_argument(argument)
     commands.choices["search"].add_argument("--top", type=int, default=5, help="lines to show")
-    return ap
-
-
-def main(argv=None):
-    args = parser().parse_args(argv)
-    words = " ".join(map(str, vars(args).values()))
-    plain = all(unicodedata.category(x) not in ("Cc", "Cs") for x in words)
-    need(plain, "expected text in UTF-8 without control characters")
+    args = ap.parse_args(argv)
+    odd = re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", " ".join(map(str, vars(args).values())))
+    need(not odd, "expected text in UTF-8 without control characters")
     need(getattr(args, "top", 1) > 0, "--top: expected 1 or more")
     model = load(args.model, args.dtype)
     if args.command == "similarity":

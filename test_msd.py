@@ -885,15 +885,15 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (raw_safetensors(b"{nope"), "Expecting property name"),
         (raw_safetensors(b"[" * 100000), "recursion depth"),
         (raw_safetensors([1]), "no JSON object"),
-        (raw_safetensors({"a": ENTRY}, b"1234"), "ends at byte"),
-        (raw_safetensors({"a": ENTRY}, b"x" * 12), "after the last"),
+        (raw_safetensors({"a": ENTRY}, b"1234"), "end at byte .* truncated"),
+        (raw_safetensors({"a": ENTRY}, b"x" * 12), "end at byte"),
         (raw_safetensors({"a": {**ENTRY, "shape": [3]}}, b"x" * 8), "but has 8 bytes"),
         (raw_safetensors({"a": {**ENTRY, "dtype": "F8"}}, b"x" * 8), "'dtype': 'F8'"),
         (raw_safetensors({"a": {**ENTRY, "shape": [-2]}}, b"x" * 8), "shape"),
         (raw_safetensors({"a": {**ENTRY, "shape": [True, 2]}}, b"x" * 8), "shape"),
         (raw_safetensors({"a": ENTRY, "b": ENTRY}, b"x" * 8), "overlap"),
         (raw_safetensors({"a": {**ENTRY, "data_offsets": [4, 12]}}, b"x" * 12), "hole"),
-        (raw_safetensors({"a": {**ENTRY, "data_offsets": [8, 0]}}, b"x" * 8), "ends at byte"),
+        (raw_safetensors({"a": {**ENTRY, "data_offsets": [8, 0]}}, b"x" * 8), "has -8 bytes"),
         (raw_safetensors({"a": {"dtype": "F32"}}), "exactly"),
         (
             raw_safetensors(
@@ -1114,7 +1114,7 @@ def edit(path, **changes):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda r: (r / "config.json").unlink(), "config.json: no such file"),
+        (lambda r: (r / "config.json").unlink(), "config.json: cannot read .No such file"),
         (lambda r: write(r / "config.json", "{"), "config.json: not readable as JSON"),
         (
             lambda r: edit(r / "config.json", model_type="t5"),
@@ -1134,7 +1134,7 @@ def edit(path, **changes):
         ),
         (
             lambda r: edit(r / "config.json", position_embedding_type="relative_key"),
-            "expected 'absolute'",
+            "position_embedding_type is 'relative_key', expected one of absolute",
         ),
         (lambda r: edit(r / "config.json", vocab_size=9), "vocab_size is 9, expected"),
         (
@@ -1153,8 +1153,14 @@ def edit(path, **changes):
             lambda r: (r / "tokenizer.json").unlink() or write(r / "vocab.txt", "x"),
             "vocab.txt is there. Convert it once",
         ),
-        (lambda r: write(r / "tokenizer.json", "{}"), "tokenizer.json: not a readable tokenizer"),
-        (lambda r: edit(r / "tokenizer.json", post_processor=None), "adds no start and end tokens"),
+        (
+            lambda r: write(r / "tokenizer.json", "{}"),
+            "tokenizer.json: not a usable tokenizer: Model missing",
+        ),
+        (
+            lambda r: edit(r / "tokenizer.json", post_processor=None),
+            "tokenizer.json: .* adds no start and end tokens",
+        ),
         (
             lambda r: write(
                 r / "tokenizer.json", (r / "tokenizer.json").read_text().replace("<pad>", "<gap>")
@@ -1175,7 +1181,7 @@ def edit(path, **changes):
         ),
         (
             lambda r: edit(r / "1_Pooling" / "config.json", pooling_mode_max_tokens=True),
-            r"pooling \['mean', 'max'\]",
+            r"1_Pooling/config.json: pooling is \['mean', 'max'\], expected one of mean",
         ),
         (
             lambda r: write(
@@ -1644,11 +1650,11 @@ def test_broken_weights(folder):
         ({key[5:]: tensors[key]}, "is there twice"),
         (
             {key: tensors[key][:5]},
-            'Missing key.*"layers.1.qkv.weight".*Unexpected key.*attention.self.key.weight',
+            r"not an encoder's weights: stack expects each tensor to be equal size.*\[5, 32\]",
         ),
         (
             {"bert.encoder.layer.9.attention.self.key.weight": tensors[key]},
-            "num_hidden_layers is 4, expected 5",
+            "not an encoder's weights: .encoder.layer.9.attention.self.query.weight",
         ),
     ):
         M.write_safetensors(root / "model.safetensors", {**tensors, **change})
