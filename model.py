@@ -24,7 +24,6 @@ import mmap
 import os
 import platform
 import re
-import shutil
 import sys
 import time
 from dataclasses import dataclass, fields, replace
@@ -67,8 +66,10 @@ def flush(path):
 
 def delete(path):
     """Delete a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
+    if path.is_dir() and not path.is_symlink():
+        for child in path.iterdir():
+            delete(child)
+        path.rmdir()
     else:
         path.unlink(missing_ok=True)
 
@@ -584,9 +585,11 @@ class Encoder(nn.Module):
         """
         single = isinstance(texts, str)
         texts = [texts] if single else list(texts)
-        for i, t in enumerate(texts):
-            with reading(f"text {i}, {t!r:.60}", "a str of whole characters"):
-                str.encode(t)
+        bad = next((i for i, t in enumerate(texts) if not is_text(t)), None)
+        if bad is not None:
+            raise InputError(
+                f"text {bad} is {texts[bad]!r:.60}, expected a str of whole characters"
+            )
         out = self.embed(*self.tokenize(texts, prompt), progress=progress)
         normalize = self.config.normalize if normalize is None else normalize
         out = unit(out) if normalize else out
@@ -625,6 +628,11 @@ def put(array, device):
     if torch.device(device).type == "cuda":
         return t.pin_memory().to(device, non_blocking=True)
     return t.to(device)
+
+
+def is_text(t):
+    """Is it a str that has an encoding? Half of a surrogate pair has none."""
+    return isinstance(t, str) and not re.search("[\ud800-\udfff]", t)
 
 
 def unit(x):
@@ -815,6 +823,8 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     need(dtype in (None, "float32", "bfloat16"), f"dtype {dtype!r}: expected float32 or bfloat16")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = getattr(torch, dtype) if dtype else best_dtype(device)[0]
+    # cuDNN's attention builds a plan for every new shape, and each of our batches has a new one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     body, dense, _ = read_modules(root)
     tokenizer, pad_id = read_tokenizer(body)
     state = read_weights(body, torch.float32 if train else kind, copy=train)
@@ -848,6 +858,8 @@ class Parser(argparse.ArgumentParser):
 
 def run_cli(main):
     """Call a command line's main(); an InputError becomes one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a console of one byte a character shows escapes
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as e:
