@@ -228,11 +228,13 @@ class Run:
         if not self.busy:
             raise Stop(128 + number)
 
-    def save(self, model, folder):
-        """The first process writes; nobody goes on before it has."""
+    def build(self, folder, make, *args):
+        """The folder of a model, make(run, *args), which the first process saves if it is not
+        there; nobody goes on before it has."""
         with self.first() as mine:
-            if mine:
-                model.save(folder)
+            if mine and not folder.exists():
+                make(self, *args).save(folder)
+        return folder
 
     def load(self, folder, train=False):
         """A model with this run's arithmetic; --max-tokens and, in training, --dropout apply."""
@@ -511,8 +513,7 @@ def train_stage(run, stage, sources, start, leaves):
         f"{len(rows):,} pairs, {steps:,} steps of {args.batch[k]}, learning rate {args.lr[k]:g}"
     )
     fit(run, f"stage {stage}", model, steps, args.lr[k], loss_at, dev_loss)
-    run.save(model, leaves)
-    return leaves
+    return run.build(leaves, lambda _: model)
 
 
 def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
@@ -616,7 +617,7 @@ def pipeline(run, identity):
     # The assistant: given, or the teacher's body with a new vocabulary; stage 1 trains it.
     assistant = args.assistant and Path(args.assistant)
     if not assistant:
-        assistant = start_assistant(run, between / "assistant-start")
+        assistant = run.build(between / "assistant-start", start_assistant)
         models["assistant, untrained"] = assistant
     if 1 in args.stages:
         assistant = train_stage(run, 1, models, assistant, out / "assistant")
@@ -624,7 +625,7 @@ def pipeline(run, identity):
 
     # The student: bottleneck, the assistant's first layers; stages 2 to 4 train it.
     if student_stages := [k for k in args.stages if k > 1]:
-        student = start_student(run, assistant, between / "student-start")
+        student = run.build(between / "student-start", start_student, assistant)
         models["student, untrained"] = student
         for k in student_stages:
             leaves = out / "student" if k == student_stages[-1] else between / f"stage{k}"
@@ -659,7 +660,7 @@ def read_inputs(run):
             scored, dtype = data.read_sts(made / "sts-train")["en-en"], getattr(torch, args.dtype)
             model, loss_at = demo.teacher(scored, args.seed, dtype, args.device)
             fit(run, "teacher", model, demo.TEACHER_STEPS, demo.TEACHER_LR, loss_at)
-            run.save(model, run.teacher)
+            run.build(run.teacher, lambda _: model)
     run.sts = data.read_sts(sts) if sts else {}
     paths = {flag: expand(patterns, f"--{flag}") for flag, patterns in files.items()}
     build = functools.partial(data.build_corpus, cache=args.cache, max_chars=args.max_chars)
@@ -670,37 +671,28 @@ def read_inputs(run):
     describe_teacher(run)
 
 
-def start_assistant(run, folder):
-    """The teacher's body with a vocabulary learnt from the training text, saved in `folder`."""
-    args, corpus = run.args, run.corpus
-    with run.first() as mine:
-        if mine and not folder.exists():
-            teacher = M.load(run.teacher, "float32", "cpu")
-            normalizer = teacher.tokenizer.normalizer
-            lower = normalizer is not None and normalizer.normalize_str("A") == "a"
-            lower = lower or teacher.config.do_lower_case
-            run.say(f"vocabulary: learning {args.vocab:,} pieces")
-            tokenizer = data.vocabulary(corpus, args.vocab, lower, args.cache)
-            some = np.random.default_rng(0).permutation(len(corpus.pairs))[: msd.ALIGNED_PAIRS]
-            run.say(f"vocabulary: its start from the alignment of {len(some):,} pairs")
-            sides = (corpus.texts(side) for side in corpus.pairs[np.sort(some)].T)
-            pad_id = data.SPECIAL.index("<pad>")
-            msd.make_assistant(teacher, tokenizer, pad_id, *sides).save(folder)
-    return folder
+def start_assistant(run):
+    """The teacher's body with a vocabulary learnt from the training text."""
+    args, corpus, teacher = run.args, run.corpus, M.load(run.teacher, "float32", "cpu")
+    normalizer = teacher.tokenizer.normalizer
+    lower = normalizer is not None and normalizer.normalize_str("A") == "a"
+    lower = lower or teacher.config.do_lower_case
+    run.say(f"vocabulary: learning {args.vocab:,} pieces")
+    tokenizer = data.vocabulary(corpus, args.vocab, lower, args.cache)
+    some = np.random.default_rng(0).permutation(len(corpus.pairs))[: msd.ALIGNED_PAIRS]
+    run.say(f"vocabulary: its start from the alignment of {len(some):,} pairs")
+    sides = (corpus.texts(side) for side in corpus.pairs[np.sort(some)].T)
+    return msd.make_assistant(teacher, tokenizer, data.SPECIAL.index("<pad>"), *sides)
 
 
-def start_student(run, assistant_folder, folder):
-    """The student before its first stage, saved in `folder`."""
-    args = run.args
-    with run.first() as mine:
-        if mine and not folder.exists():
-            assistant = run.load(assistant_folder)
-            ids, _ = data.tokens(run.corpus, assistant, args.cache, M.meter("tokens", run.say))
-            ids = ids[: 10**7]  # sentences are in no order: a fair sample
-            counts = np.bincount(ids, minlength=assistant.config.vocab_size)
-            sizes = args.bottleneck, args.layers, args.recurrence
-            msd.make_student(assistant, *sizes, args.init, args.seed, counts).save(folder)
-    return folder
+def start_student(run, assistant_folder):
+    """The student before its first stage."""
+    args, assistant = run.args, run.load(assistant_folder)
+    ids, _ = data.tokens(run.corpus, assistant, args.cache, M.meter("tokens", run.say))
+    ids = ids[: 10**7]  # sentences are in no order: a fair sample
+    counts = np.bincount(ids, minlength=assistant.config.vocab_size)
+    sizes = args.bottleneck, args.layers, args.recurrence
+    return msd.make_student(assistant, *sizes, args.init, args.seed, counts)
 
 
 def describe_corpus(run):
