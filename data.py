@@ -29,7 +29,7 @@ from tokenizers import (
     trainers,
 )
 
-from model import InputError, atomic, need, pad, put, read_json
+from model import InputError, atomic, need, read_json
 
 # ---------------------------------------------------------------------------------- reading files
 LINE_LIMIT = 1 << 20  # bytes; a longer line is no sentence pair
@@ -447,42 +447,3 @@ def batch_order(lengths, batch, seed):
     order = order[np.lexsort((lengths[order], stretch))]
     cuts = np.split(order, range(batch, len(order), batch))
     return [cuts[i] for i in rng.permutation(len(cuts))]
-
-
-class Batches:
-    """The pairs of one stage in batches; which pairs are in which is a function of seed and step.
-
-    corpus, rows: the pairs numbered `rows`. tokens: as tokens() gives them. size: pairs a batch.
-    """
-
-    def __init__(self, corpus, rows, tokens, size, seed, pad_id, device):
-        self.rows, self.pairs = rows, corpus.pairs[rows]  # (n,), (n, 2)
-        self.flat, self.starts = tokens
-        self.lengths = np.diff(self.starts)[self.pairs]  # (n, 2)
-        self.size, self.seed, self.pad_id, self.device = size, seed, pad_id, device
-        self.epoch, self.order = None, []
-        self.first = self.pass_order(0)
-
-    def pass_order(self, epoch):
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.order = batch_order(self.lengths.max(1), self.size, [*self.seed, epoch])
-        return self.order
-
-    def steps(self, epochs):
-        return max(1, math.ceil(epochs * len(self.first)))
-
-    def at(self, step):
-        """The numbers (N,) of the pairs of a step."""
-        epoch, i = divmod(step, len(self.first))
-        return self.pass_order(epoch)[i]
-
-    def seen(self, steps):
-        """The pairs (m, 2) that the first `steps` steps see."""
-        return self.pairs[np.concatenate(self.first[:steps])]
-
-    def side(self, which, numbers):
-        """(ids, mask), each (N, T), of the English side (0) or the translations (1)."""
-        sentences = self.pairs[numbers, which]
-        arrays = pad(self.flat, self.starts, sentences, self.pad_id)
-        return tuple(put(a, self.device) for a in arrays)

@@ -8,7 +8,6 @@ A run lives in one folder. The same command again continues it, exactly, whereve
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import datetime
 import functools
 import glob
@@ -34,7 +33,6 @@ import model as M
 import msd
 from demo import corpus as demo
 from model import InputError, need, put
-from msd import PRESETS, STAGES, Preset
 
 try:
     import fcntl
@@ -59,29 +57,18 @@ class Stop(Exception):
 FREE = {"out", "cache", "device", "keep"}
 
 
-def number(kind, low, below=math.inf):
-    """A type for argparse: a number from `low` to below `below`."""
+def number(kind, low, below=math.inf, by_stage=False):
+    """A type for argparse: low <= x < below. by_stage: one, or four with commas -> four."""
 
     def parse(text):
-        if not low <= (x := kind(text)) < below:
-            limit = "" if below == math.inf else f", less than {below}"
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more{limit}")
-        return x
+        values = tuple(map(kind, text.split(",") if by_stage else [text]))
+        if len(values) not in (1, 4) or not all(low <= x < below for x in values):
+            limit = f", less than {below}" if below < math.inf else ""
+            four = "; one value, or four with commas" if by_stage else ""
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more{limit}{four}")
+        return values * (4 // len(values)) if by_stage else values[0]
 
     parse.__name__ = kind.__name__  # what argparse calls it in its error
-    return parse
-
-
-def each(kind, low, below=math.inf):
-    """A type for argparse: one value for all stages, or four with commas -> a tuple of four."""
-
-    def parse(text):
-        values = tuple(map(number(kind, low, below), text.split(",")))
-        if len(values) not in (1, 4):
-            raise argparse.ArgumentTypeError(f"{text}: expected one value, or four with commas")
-        return values * (4 // len(values))
-
-    parse.__name__ = kind.__name__
     return parse
 
 
@@ -99,17 +86,16 @@ def parser():
     raw, here = argparse.RawDescriptionHelpFormatter, "cuda" if torch.cuda.is_available() else "cpu"
     ap = M.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     files = {"nargs": "+", "default": [], "metavar": "GLOB"}
+    each = functools.partial(number, by_stage=True)
     add = ap.add_argument_group("your data").add_argument
     add("--teacher", metavar="DIR", help="English sentence encoder: its folder")
     add("--assistant", metavar="DIR", help="multilingual encoder; without it one is made")
     add("--train", **files, help="english<TAB>translation files, plain or .gz")
     add("--extra", **files, help="more such files for stages 2 and 3 alone, as the paper does")
     add("--dev", **files, help="held-out pairs, en-XX.tsv: pick the checkpoints, give the accuracy")
-    add(
-        "--sts", metavar="DIR", help="sets *.A-B.txt, read once at the end; a dev set to try things"
-    )
+    add("--sts", metavar="DIR", help="sets *.A-B.txt, read once, at the end; or dev sets, to try")
     add = ap.add_argument_group("sizes").add_argument
-    add("--preset", choices=PRESETS, help="demo without --train, minilm with it")
+    add("--preset", choices=msd.PRESETS, help="demo without --train, minilm with it")
     add("--bottleneck", type=number(int, 0), help="B, width of the word table; 0: full, no stage 2")
     add("--layers", type=number(int, 1), help="K, unique layers; fewer is smaller, not faster")
     add("--recurrence", type=number(int, 1, 1000), help="R, times they run; speed follows K x R")
@@ -140,9 +126,9 @@ def parse(argv):
     args = parser().parse_args(argv)
     args.preset = args.preset or ("minilm" if args.train or args.teacher else "demo")
     rates = args.lr
-    for f in dataclasses.fields(Preset):
-        if getattr(args, f.name) is None:
-            setattr(args, f.name, getattr(PRESETS[args.preset], f.name))
+    for name, value in vars(msd.PRESETS[args.preset]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.bottleneck == 0:  # there is nothing to align, and no need of the lower rate in stage 3
         args.stages = [k for k in args.stages if k != 2]
         args.lr = rates or (*args.lr[:2], args.lr[0], args.lr[3])
@@ -150,11 +136,9 @@ def parse(argv):
     ready = 1 in args.stages or args.assistant
     need(ready, "--stages without 1 needs --assistant DIR, a trained multilingual encoder")
     own = args.preset != "demo" or args.teacher or args.train or args.dev or args.sts or args.extra
-    need(
-        not own or args.train and args.teacher,
-        "your own data needs both --teacher DIR and --train GLOB; for the built-in corpus leave "
-        "out these, --dev, --sts and --extra",
-    )
+    fix = "for the built-in corpus leave out these, --dev, --sts and --extra"
+    both = not own or args.teacher and args.train
+    need(both, f"your own data needs both --teacher DIR and --train GLOB; {fix}")
     args.out = args.out or Path(f"runs/{args.preset}")
     args.device = usable_device(args.device)
     return args
@@ -162,31 +146,20 @@ def parse(argv):
 
 def usable_device(name):
     """The device by its full name. Raises: InputError where it cannot be used."""
+    fix = "give cpu or cuda"
     try:
         device = torch.device(name)
+        need(device.type in ("cpu", "cuda"), f"--device {name} is not usable here; {fix}")
         if device.type == "cuda":  # each process of torchrun has a GPU of its own
-            index, count = (
-                int(os.environ.get("LOCAL_RANK", device.index or 0)),
-                torch.cuda.device_count(),
-            )
-            need(
-                index < count,
-                f"--device {name}: process {index} has no GPU, there are {count}; "
-                "start fewer processes, or give --device cpu",
-            )
-            device = torch.device("cuda", index)
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            has = device.index < torch.cuda.device_count()
+            need(has, f"--device {name}: no GPU {device.index}; start fewer processes, or give cpu")
             torch.cuda.set_device(device)
-        need(
-            device.type in ("cpu", "cuda"),
-            f"--device {name} is not usable here: only cpu and cuda are",
-        )
         torch.zeros(1, device=device).item()
         return str(device)
     except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise InputError(
-            f"--device {name} is not usable here ({reason}); give cpu or cuda"
-        ) from None
+        why = str(e).splitlines()[0]
+        raise InputError(f"--device {name} is not usable here ({why}); {fix}") from None
 
 
 def expand(patterns, flag):
@@ -196,30 +169,33 @@ def expand(patterns, flag):
         found = {f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)}
         need(found, f"{flag} {pattern}: no such file")
         files |= found
-    return sorted(files)
+    return [Path(f) for f in sorted(files)]
 
 
 # ---------------------------------------------------------------------------------------- the run
 class Run:
-    """What all parts of a run share: arguments, folder, log, its place among several processes, and
-    the signal that asks it to stop. All processes do the same; the first one alone writes."""
+    """What all parts of a run share: arguments, folder, log, its place among several processes, the
+    signal that asks it to stop, and what read_inputs adds. All processes do the same; the first one
+    alone writes."""
 
     def __init__(self, args):
-        self.args, self.out, self.stop, self.busy = args, args.out, None, False
-        several = dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-        # The processes wait for the first one, which may take hours over targets, in a group of
-        # their own: with NCCL's short patience kept, one that dies is noticed on a GPU, too.
-        day = datetime.timedelta(days=1)
-        self.group = dist.new_group(backend="gloo", timeout=day) if several else None
-        dtype, why = M.best_dtype(args.device)
-        self.dtype, why = (getattr(torch, args.dtype), "asked for") if args.dtype else (dtype, why)
-        args.dtype = str(self.dtype).removeprefix("torch.")
-        self.say(
-            f"device {args.device}, {args.dtype} ({why}), {torch.get_num_threads()} threads, "
-            f"{self.world} processes; {args.preset}, stages {args.stages}, seed {args.seed}, "
-            f"folder {self.out}"
-        )
+        self.args, self.out, self.stop, self.busy = args, args.out, 0, False
+        self.world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+        self.rank, self.group = 0, None
+        if self.world > 1:
+            if not dist.is_initialized():
+                dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
+            # The processes wait for the first one, which may take hours over targets, in a group of
+            # their own: with NCCL's short patience kept, one that dies is noticed on a GPU, too.
+            day = datetime.timedelta(days=1)
+            self.rank, self.group = dist.get_rank(), dist.new_group(backend="gloo", timeout=day)
+        dtype, why = (args.dtype, "asked for") if args.dtype else M.best_dtype(args.device)
+        args.dtype = str(dtype).removeprefix("torch.")
+        plain = json.dumps({k: v for k, v in vars(args).items() if k not in FREE})
+        self.settings = json.loads(plain)  # all arguments that the result depends on
+        where = f"device {args.device}, {args.dtype} ({why}), {torch.get_num_threads()} threads"
+        what = f"{args.preset}, stages {args.stages}, seed {args.seed}, folder {self.out}"
+        self.say(f"{where}, {self.world} processes; {what}")
 
     def say(self, text):
         if self.rank == 0:
@@ -230,15 +206,11 @@ class Run:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
 
-    def meter(self, what):
-        return M.meter(what, self.say)
-
-    def agree(self, *values):
-        """The largest of each number over all processes."""
-        if self.world == 1:
-            return values
-        t = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(t, op=dist.ReduceOp.MAX, group=self.group)
+    def reduce(self, op, *values):
+        """Each number's sum or maximum (dist.ReduceOp) over all processes."""
+        t = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(t, op, group=self.group)
         return t.tolist()
 
     @contextlib.contextmanager
@@ -251,16 +223,18 @@ class Run:
             dist.barrier(self.group)
 
     def on_signal(self, number, frame):
-        """In a step: finish it, save, leave. Elsewhere leave at once; nothing half-written stays."""
+        """In a step: finish it, save, leave. Elsewhere leave at once: nothing is half-written."""
         self.stop = number
         if not self.busy:
             raise Stop(128 + number)
 
-    def save(self, model, folder):
-        """The first process writes; nobody goes on before it has."""
+    def build(self, folder, make, *args):
+        """The folder of a model, make(run, *args), which the first process saves if it is not
+        there; nobody goes on before it has."""
         with self.first() as mine:
-            if mine:
-                model.save(folder)
+            if mine and not folder.exists():
+                make(self, *args).save(folder)
+        return folder
 
     def load(self, folder, train=False):
         """A model with this run's arithmetic; --max-tokens and, in training, --dropout apply."""
@@ -269,11 +243,8 @@ class Run:
 
 
 def keep_memory():
-    """Freed blocks stay with the process.
-
-    By default glibc gives large ones back to the system and fetches them anew, zeroed page by page,
-    at every step, which costs a sixth of the time on a CPU.
-    """
+    """Freed blocks stay with the process: glibc would give them back and fetch them anew, zeroed,
+    at every step, which costs a sixth of the time on a CPU."""
     with contextlib.suppress(OSError, TypeError, AttributeError):  # no glibc, nothing to do
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -295,65 +266,95 @@ def take(folder):
         raise InputError(f"--out {folder}: not a folder that can be written ({e})") from None
 
 
-def settings(args):
-    """Everything that the result depends on, as plain values."""
-    known = {k: v for k, v in vars(args).items() if k not in FREE}
-    return json.loads(json.dumps(known))
-
-
 def same_run(run):
-    """Refuse to continue a run with other arguments or other data; write down what this one is.
-
-    Raises: InputError with both values.
-    """
-    args, file, now = run.args, run.out / "run.json", settings(run.args)
-    sts = sorted(f for f in Path(args.sts or "").glob("*") if f.is_file()) if args.sts else []
-    content = {"sts": data.digest(*sts)}
-    for flag in ("train", "extra", "dev"):
-        files = expand(getattr(args, flag), f"--{flag}")
-        content[flag] = data.digest(*map(Path, files))
-    for flag in ("teacher", "assistant"):
-        folder = getattr(args, flag)
-        content[flag] = fingerprint(folder) if folder else None
-    now |= {f"content of --{flag}": digest for flag, digest in content.items()}
+    """What this run is, by arguments and content of files. Raises: InputError if it began as
+    another, with both values."""
+    args, file, now = run.args, run.out / "run.json", dict(run.settings)
+    inside = [f"{glob.escape(args.sts)}/*"] if args.sts else []
+    files = {"train": args.train, "extra": args.extra, "dev": args.dev, "sts": inside}
+    for flag, patterns in files.items():
+        now[f"content of --{flag}"] = data.digest(*expand(patterns, f"--{flag}"))
+    for flag, folder in (("teacher", args.teacher), ("assistant", args.assistant)):
+        now[f"content of --{flag}"] = fingerprint(folder) if folder else None
     before = M.read_json(file) if file.exists() else now
     other = "choose another --out, or delete this folder to start over"
-    for key in sorted(set(now) | set(before)):
+    for key in sorted(now | before):
         known = key in before and key in now
         need(known, f"{run.out}: started by another version of this code ({key}); {other}")
-        need(
-            now[key] == before[key],
-            f"{run.out}: this run was started with {key} {before[key]!r}, now it is {now[key]!r}. "
-            f"Give the old value to continue, {other}",
-        )
+        was, same = f"started with {key} {before[key]!r}", now[key] == before[key]
+        fix = f"Give the old value to continue, {other}"
+        need(same, f"{run.out}: this run was {was}, now it is {now[key]!r}. {fix}")
     return now
 
 
 def fingerprint(folder):
     """Names a model directory by its content. Raises: InputError where there is none."""
-    patterns = ("**/*.safetensors", "**/*.json")
-    files = sorted(f for pattern in patterns for f in Path(folder).glob(pattern))
+    files = sorted(f for x in ("safetensors", "json") for f in Path(folder).glob(f"**/*.{x}"))
     expected = "expected config.json, tokenizer.json and model.safetensors in it"
     need(files, f"{folder}: no model directory; {expected}")
     return data.digest(*files)
 
 
 # --------------------------------------------------------------------------------------- the loop
+def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
+    """Train `model` for `steps` steps and leave the weights of the best dev loss in it.
+
+    loss_at(step): (loss terms by name, tokens, pair numbers), a pure function of the step.
+    dev_loss(): the loss to choose by. A continued run gives the same bits. Of several processes all
+    do the same. Raises: Stop at a signal, after a save, and at a loss that is not finite.
+    """
+    model.train()
+    optimizer = make_optimizer(model, lr)
+    sparse = model.embeddings.word.sparse = model.device.type == "cpu" and run.world == 1
+    table = torch.zeros_like(model.embeddings.word.weight) if sparse else None
+    training = Training(run, name, model, optimizer, steps)
+    readings = {math.ceil(steps * (i + 1) / EVALS) for i in range(EVALS)} if dev_loss else ()
+    for step in range(training.restore(), steps):
+        run.busy = True  # a signal now waits for the end of the step
+        torch.manual_seed(seed_of(run, name, step))  # dropout
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rate_at(step, steps)
+
+        terms, tokens, _ = loss_at(step)
+        optimizer.zero_grad(set_to_none=True)
+        sum(terms.values()).backward()
+        norm = clip_gradients(model, msd.CLIP, table)
+        optimizer.step()
+
+        training.report(step, terms, norm, tokens)
+        if step + 1 in readings:
+            training.choose(step, dev_loss())
+        due = time.monotonic() - training.saved > SAVE_SECONDS and step + 1 < steps
+        stop, due = run.reduce(dist.ReduceOp.MAX, run.stop, due)
+        if stop or due or step + 1 in readings or model.device.type == "cpu":
+            training.check(loss_at)
+        if stop or due:
+            training.save(step + 1)
+        run.busy = False
+        if stop:  # a signal that comes during a save is seen one step later
+            raise Stop(128 + int(stop))
+    training.finish()
+    return model
+
+
 def rate_at(step, steps):
     """Learning rate as a share of its peak: linear up over WARMUP of the steps, then to 0."""
     w = msd.WARMUP * steps
     return (step + 1) / (w + 1) if step < w else (steps - step) / (steps - w)
 
 
+def seed_of(run, name, step):
+    """The seed of what is random in a step: a function of --seed, stage, step and process."""
+    process = [run.rank] * (run.rank > 0)
+    return int.from_bytes(data.digest(run.args.seed, name, step, *process).encode()[:7], "little")
+
+
 def make_optimizer(model, lr):
     """AdamW as the paper sets it, with bias correction; no decay on biases and LayerNorm."""
-
-    def of(plain):
-        named = model.named_parameters()
-        return [q for k, q in named if (k.endswith("bias") or "norm" in k) == plain]
-
-    groups = [{"params": of(False), "weight_decay": msd.WEIGHT_DECAY}]
-    groups += [{"params": of(True), "weight_decay": 0.0}]
+    groups = {msd.WEIGHT_DECAY: [], 0.0: []}
+    for k, q in model.named_parameters():
+        groups[0.0 if k.endswith("bias") or "norm" in k else msd.WEIGHT_DECAY].append(q)
+    groups = [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
     return torch.optim.AdamW(groups, lr=lr, eps=msd.ADAM_EPS, fused=True)
 
 
@@ -377,173 +378,106 @@ def clip_gradients(model, limit, table=None):
     return norm
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
-
-
 class Training:
-    """The state of a stage's training, its checkpoint, and the choice of the best weights by dev.
+    """What a stage's training keeps beside the loop: its checkpoint, its log, the best weights.
 
-    A checkpoint holds step, weights, AdamW's moments, the best weights so far with their dev loss,
-    and the seconds spent; no generator state, as every random draw depends on seed, stage and step.
+    A checkpoint holds weights, AdamW's state, the best weights so far with their dev loss, step and
+    seconds spent; no generator state, as every random draw depends on seed, stage and step.
     """
 
-    def __init__(self, run, name, model, optimizer):
-        self.run, self.name, self.model, self.optimizer = run, name, model, optimizer
-        self.file = run.out / "checkpoint.safetensors"
-        self.named = dict(model.named_parameters())
-        self.best, self.best_loss = {}, math.inf
-        self.begun = self.saved = time.monotonic()
+    def __init__(self, run, name, model, optimizer, steps):
+        self.run, self.name, self.optimizer, self.steps = run, name, optimizer, steps
+        self.file, self.best_loss = run.out / "checkpoint.safetensors", math.inf
+        self.weights = [q.detach() for q in model.parameters()]
+        self.best = [v.clone() for v in self.weights]
+        self.tensors = {}  # all that training changes, to save, and to restore in place
+        for (k, q), weights, best in zip(model.named_parameters(), self.weights, self.best):
+            moments = {m: torch.zeros_like(weights) for m in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[q] = {"step": torch.zeros((), device=q.device), **moments}
+            parts = {"model": weights, "best": best, **optimizer.state[q]}
+            self.tensors |= {f"{part}.{k}": v for part, v in parts.items()}
+        self.tokens, self.broken = 0, torch.tensor(-1, device=model.device)  # first bad step
+        self.begun = self.saved = self.shown = self.logged = time.monotonic()
 
     def seconds(self):
         return time.monotonic() - self.begun
 
-    def restore(self, steps):
-        """The step to begin at: that of this stage's checkpoint, or 0. Raises: InputError."""
-        state, meta = M.read_safetensors(self.file, copy=True) if self.file.exists() else ({}, {})
-        if meta.get("stage") != self.name:
-            return 0
-        shapes = {k: state[f"model.{k}"].shape for k in self.named if f"model.{k}" in state}
-        fits = shapes == {k: q.shape for k, q in self.named.items()}
-        step = int(meta["step"]) if meta.get("step", "").isdigit() else steps + 1
-        again = f"a damaged checkpoint; delete it to begin {self.name} again"
-        need(fits and step <= steps, f"{self.file}: {again}")
-        self.model.load_state_dict({k: state[f"model.{k}"] for k in self.named})
-        for k, q in self.named.items():
-            if f"exp_avg.{k}" in state:  # stage 2 never moves the layers
-                moments = {m: state[f"{m}.{k}"].to(q.device) for m in MOMENTS}
-                moments["step"] = torch.tensor(float(step), device=q.device)
-                self.optimizer.state[q] = moments
-        self.best = {k[5:]: v for k, v in state.items() if k.startswith("best.")}
-        self.best_loss, self.begun = float(meta["best"]), self.begun - float(meta["seconds"])
-        self.run.say(f"{self.name}: continues at step {step} of {steps}")
-        return step
-
     def save(self, step):
         """Write the checkpoint: the first process does, and nobody goes on before it has."""
-        state = {f"model.{k}": q for k, q in self.named.items()}
-        state |= {f"best.{k}": v for k, v in self.best.items()}
-        for k, q in self.named.items():
-            kept = self.optimizer.state.get(q, {})
-            state |= {f"{m}.{k}": kept[m] for m in MOMENTS if m in kept}
-        meta = {"stage": self.name, "step": str(step), "best": repr(self.best_loss)}
+        numbers = {"step": step, "best": self.best_loss, "seconds": self.seconds()}
+        meta = {"stage": self.name, **{k: repr(v) for k, v in numbers.items()}}
         with self.run.first() as mine:
             if mine:
-                M.write_safetensors(self.file, state, {**meta, "seconds": repr(self.seconds())})
+                M.write_safetensors(self.file, self.tensors, meta)
         self.saved = time.monotonic()
+
+    def restore(self):
+        """The step to begin at: that of this stage's checkpoint, or 0. Raises: InputError."""
+        tensors, meta = M.read_safetensors(self.file, copy=True) if self.file.exists() else ({}, {})
+        step = 0
+        if meta.get("stage") == self.name:
+            fits = {k: v.shape for k, v in tensors.items()}
+            fits = fits == {k: v.shape for k, v in self.tensors.items()}
+            need(fits, f"{self.file}: a damaged checkpoint; delete it to begin {self.name} again")
+            for k, v in self.tensors.items():
+                v.copy_(tensors[k])
+            step, self.best_loss = int(meta["step"]), float(meta["best"])
+            self.begun -= float(meta["seconds"])
+            self.run.say(f"{self.name}: continues at step {step} of {self.steps}")
+        if self.run.rank == 0:  # the log forgets what came after the checkpoint
+            log = read_log(self.run.out)
+            log = [e for e in log if e.get("stage") != self.name or e.get("step", step) < step]
+            with M.atomic(self.run.out / "log.jsonl") as tmp:
+                tmp.write_text("".join(json.dumps(e) + "\n" for e in log), "utf-8")
+        return step
+
+    def report(self, step, terms, norm, tokens):
+        """The log, some hundred times a stage, the console, and the watch for what is not finite.
+
+        Numbers are read from a GPU only where they are reported: reading makes the host wait.
+        """
+        loss = sum(terms.values()).detach()
+        bad = (self.broken < 0) & ~torch.isfinite(loss + norm)
+        self.broken, self.tokens = torch.where(bad, step, self.broken), self.tokens + tokens
+        done = step + 1
+        if done % max(1, self.steps // 100) and done < self.steps:
+            return
+        entry = {k: float(v.detach()) for k, v in {"loss": loss, **terms}.items()}
+        now = time.monotonic()  # a GPU has caught up
+        entry |= {"lr": self.optimizer.param_groups[0]["lr"], "norm": float(norm)}
+        speed = round(self.tokens / max(now - self.logged, 1e-9))
+        self.run.log(stage=self.name, step=step, **entry, tokens_per_s=speed)
+        self.tokens, self.logged = 0, now
+        if now - self.shown > 5 or done == self.steps:
+            left = datetime.timedelta(seconds=round(self.seconds() / done * (self.steps - done)))
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in entry.items())
+            shown += f"  {speed:,} tokens/s  {left} left"
+            self.run.say(f"{self.name}  step {done}/{self.steps}  {shown}")
+            self.shown = now
+
+    def check(self, loss_at):
+        """Raises: Stop if a loss was not finite, before anything is saved over."""
+        if (bad := int(self.broken)) >= 0:
+            pairs = list(map(int, loss_at(bad)[2][:16]))
+            good = self.file if self.file.exists() else "none yet"
+            what = f"the loss or the gradient norm is not finite; batch {pairs}..."
+            fix = f"The last good checkpoint is {good}; --lr may be too high"
+            raise Stop(1, f"{self.name}, step {bad}: {what} {fix}")
 
     def choose(self, step, loss):
         """Keep the weights if this dev loss is the best so far."""
         self.run.log(stage=self.name, step=step, dev=loss)
         if not loss >= self.best_loss:
             self.best_loss = loss
-            self.best = {k: q.detach().clone() for k, q in self.named.items()}
+            torch._foreach_copy_(self.best, self.weights)
 
-    def finish(self, steps):
-        """Leave the best weights in the model."""
-        self.model.load_state_dict(self.best or self.model.state_dict())
-        best, seconds = self.best_loss if self.best else None, round(self.seconds(), 1)
-        self.run.log(stage=self.name, done=True, steps=steps, seconds=seconds, best_dev=best)
-
-
-class Reporter:
-    """The log and the console of a stage, and the watch for a loss that is not finite.
-
-    It reads numbers from a GPU only where it reports: reading makes the host wait.
-    """
-
-    def __init__(self, run, name, start, steps):
-        self.run, self.name, self.start, self.steps = run, name, start, steps
-        self.every, self.tokens = max(1, steps // 100), 0
-        self.broken = torch.tensor(-1, device=run.args.device)  # the first step that is not finite
-        self.begun = self.shown = self.last = time.monotonic()
-        if run.rank == 0:  # the log forgets what came after the checkpoint
-            entries = read_log(run.out)
-            kept = [e for e in entries if e.get("stage") != name or e.get("step", start) < start]
-            with M.atomic(run.out / "log.jsonl") as tmp:
-                tmp.write_text("".join(json.dumps(e) + "\n" for e in kept), "utf-8")
-
-    def add(self, step, terms, norm, lr, tokens):
-        loss = sum(terms.values()).detach()
-        self.tokens += tokens
-        bad = (self.broken < 0) & ~torch.isfinite(loss + norm)
-        self.broken = torch.where(bad, step, self.broken)
-        if (step + 1) % self.every and step + 1 < self.steps:
-            return
-        numbers = {k: float(v.detach()) for k, v in terms.items()}  # a GPU has caught up now
-        now = time.monotonic()
-        speed = round(self.tokens / max(now - self.last, 1e-9))
-        entry = {"loss": float(loss), **numbers, "lr": lr, "norm": float(norm)}
-        self.run.log(stage=self.name, step=step, **entry, tokens_per_s=speed)
-        if now - self.shown > 5 or step + 1 == self.steps:
-            left = (now - self.begun) / (step + 1 - self.start) * (self.steps - step - 1)
-            terms = "  ".join(f"{k} {v:.4f}" for k, v in numbers.items())
-            self.run.say(
-                f"{self.name}  step {step + 1}/{self.steps}  {terms}  |g| {entry['norm']:.2f}  "
-                f"{speed:,} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
-            )
-            self.shown = now
-        self.tokens, self.last = 0, now
-
-    def check(self, pairs_at, file):
-        """Raises: Stop if a loss was not finite, before anything is saved over."""
-        if (bad := int(self.broken)) >= 0:
-            good = file if file.exists() else "none yet"
-            raise Stop(
-                1,
-                f"{self.name}, step {bad}: the loss or the gradient norm is not finite; batch "
-                f"{list(map(int, pairs_at(bad)[:16]))}... The last good checkpoint is {good}; "
-                "--lr may be too high",
-            )
-
-
-def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
-    """Train `model` for `steps` steps and leave the weights of the best dev loss in it.
-
-    loss_at(step): (loss terms by name, tokens, pair numbers), a pure function of the step.
-    dev_loss(): the loss to choose by. A continued run gives the same bits. Of several processes all
-    do the same. Raises: Stop at a signal, after a save, and at a loss that is not finite.
-    """
-    model.train()
-    optimizer = make_optimizer(model, lr)
-    sparse = model.embeddings.word.sparse = model.device.type == "cpu" and run.world == 1
-    table = torch.zeros_like(model.embeddings.word.weight) if sparse else None
-    training = Training(run, name, model, optimizer)
-    start = training.restore(steps)
-    reporter = Reporter(run, name, start, steps)
-    readings = {math.ceil(steps * (i + 1) / EVALS) for i in range(EVALS)} if dev_loss else ()
-    for step in range(start, steps):
-        run.busy = True  # a signal now waits for the end of the step
-        torch.manual_seed(seed_of(run, name, step))  # dropout
-        rate = lr * rate_at(step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
-        terms, tokens, _ = loss_at(step)
-        optimizer.zero_grad(set_to_none=True)
-        sum(terms.values()).backward()
-        norm = clip_gradients(model, msd.CLIP, table)
-        optimizer.step()
-
-        reporter.add(step, terms, norm, rate, tokens)
-        if step + 1 in readings:
-            training.choose(step, dev_loss())
-        due = time.monotonic() - training.saved > SAVE_SECONDS and step + 1 < steps
-        stop, due = run.agree(run.stop or 0, due)
-        if stop or due or step + 1 in readings or model.device.type == "cpu":
-            reporter.check(lambda bad: loss_at(bad)[2], training.file)
-        if stop or due:
-            training.save(step + 1)
-        run.busy = False
-        if stop:  # a signal that comes during a save is seen one step later
-            raise Stop(128 + stop)
-    training.finish(steps)
-    return model
-
-
-def seed_of(run, name, step):
-    """The seed of what is random in a step: a function of --seed, stage, step and process."""
-    process = [run.rank] * (run.rank > 0)
-    return int.from_bytes(data.digest(run.args.seed, name, step, *process).encode()[:7], "little")
+    def finish(self):
+        """Leave the best weights in the model, if dev chose any."""
+        best, seconds = None, round(self.seconds(), 1)
+        if self.best_loss != math.inf:
+            best = self.best_loss
+            torch._foreach_copy_(self.weights, self.best)
+        self.run.log(stage=self.name, done=True, steps=self.steps, seconds=seconds, best_dev=best)
 
 
 def read_log(folder):
@@ -557,19 +491,16 @@ def read_log(folder):
 
 
 # ------------------------------------------------------------------------------------- the stages
-def train_stage(run, stage, sources, inputs, start, leaves):
+def train_stage(run, stage, sources, start, leaves):
     """One stage of the paper, from the model in `start` to the folder `leaves`, which it returns.
 
-    sources: {"teacher": folder, "assistant": folder}; msd.STAGES says which of them gives the
-    targets.
+    sources: {"teacher": folder, "assistant": folder}; msd.STAGES says which gives the targets.
     """
     if leaves.exists():
         return leaves
-    args, k, row = run.args, stage - 1, STAGES[stage]
-    source = sources[row.targets]
-    model = run.load(start, train=True)
+    args, k, row, corpus, dev = run.args, stage - 1, msd.STAGES[stage], run.corpus, run.dev
+    model, source = run.load(start, train=True), sources[row.targets]
     model.layers.requires_grad_(row.layers)  # stage 2 has no use for them
-    corpus, dev = inputs["corpus"], inputs["dev"]
     used = (corpus.group == 0) | (stage in (2, 3))  # --extra is for stages 2 and 3
     rows = np.flatnonzero(used & (corpus.line <= args.max_lines[k]))
     loss_at, _, steps = stage_batches(run, stage, model, corpus, rows, source, args.epochs[k])
@@ -582,8 +513,7 @@ def train_stage(run, stage, sources, inputs, start, leaves):
         f"{len(rows):,} pairs, {steps:,} steps of {args.batch[k]}, learning rate {args.lr[k]:g}"
     )
     fit(run, f"stage {stage}", model, steps, args.lr[k], loss_at, dev_loss)
-    run.save(model, leaves)
-    return leaves
+    return run.build(leaves, lambda _: model)
 
 
 def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
@@ -593,48 +523,56 @@ def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
     passes; loss(): the mean over all rows, for dev. Targets are computed for the sentences that
     will be seen, once, and read from disk by step.
     """
-    args, row = run.args, STAGES[stage]
+    args, row, pairs = run.args, msd.STAGES[stage], corpus.pairs[rows]  # (n, 2)
     with run.first():
-        tokens = data.tokens(corpus, model, args.cache, run.meter("tokens"))
-    pad_id, seed = model.config.pad_token_id, [args.seed, stage]
-    batches = data.Batches(corpus, rows, tokens, args.batch[stage - 1], seed, pad_id, args.device)
-    steps = batches.steps(epochs or 1)
-    seen = batches.seen(steps)
+        progress = M.meter("tokens", run.say)
+        flat, starts = data.tokens(corpus, model, args.cache, progress)
+    lengths = np.diff(starts)[pairs]  # (n, 2)
+
+    @functools.lru_cache(1)
+    def batches(epoch):
+        seed = args.seed, stage, epoch
+        return data.batch_order(lengths.max(1), args.batch[stage - 1], seed)
+
+    first = batches(0)
+    steps = max(1, math.ceil((epochs or 1) * len(first)))
+    seen = pairs[np.concatenate(first[:steps])]  # (m, 2)
     ids = np.unique(seen if row.own else seen[:, 0])
-    name, what = fingerprint(source), run.meter(f"targets of stage {stage}")
+    name, progress = fingerprint(source), M.meter(f"targets of stage {stage}", run.say)
     with run.first():
         encoder = run.load(source)
-        stored = data.vectors(corpus, ids, encoder, name, args.cache, row.layers, what)
+        stored = data.vectors(corpus, ids, encoder, name, args.cache, row.layers, progress)
     live = model  # what training calls
     if epochs and run.world > 1:  # averages the gradients over the processes
         wrap = torch.nn.parallel.DistributedDataParallel
         live = wrap(model, gradient_as_bucket_view=True)
 
-    def target(which, numbers):
-        wanted = np.searchsorted(ids, batches.pairs[numbers, which])
-        return put(stored[wanted], args.device).float()  # (N, H)
+    def tokens(sentences):
+        ids, mask = M.pad(flat, starts, sentences, model.config.pad_token_id)  # (N, T)
+        return put(ids, args.device), put(mask, args.device)
+
+    def target(sentences):
+        return put(stored[np.searchsorted(ids, sentences)], args.device).float()  # (N, H)
 
     def terms(model, numbers, mine=slice(None), gather=None):
-        s, t = (batches.side(which, numbers[mine]) for which in (0, 1))
-        y_s, y_t = target(0, numbers), target(1, numbers) if row.own else None
-        return msd.stage_loss(stage, model, s, t, y_s, y_t, not args.no_contrast, gather)
+        s, t = pairs[numbers].T  # (N,)
+        y_s, y_t = target(s), target(t) if row.own else None
+        sides = tokens(s[mine]), tokens(t[mine])
+        return msd.stage_loss(stage, model, *sides, y_s, y_t, not args.no_contrast, gather)
 
     def loss_at(step):
-        numbers = batches.at(step)
-        share = share_of(run, len(numbers))
-        tokens = int(batches.lengths[numbers].sum())
-        return terms(live, numbers, *share), tokens, rows[numbers]
+        epoch, i = divmod(step, len(first))
+        numbers = batches(epoch)[i]
+        share, size = share_of(run, len(numbers)), int(lengths[numbers].sum())
+        return terms(live, numbers, *share), size, rows[numbers]
 
     def loss():
         model.eval()
         with torch.inference_mode():
-            mine = batches.first[run.rank :: run.world]
+            mine = first[run.rank :: run.world]
             losses = [len(b) * float(sum(terms(model, b).values())) for b in mine]
         model.train()
-        total = torch.tensor([sum(losses)], dtype=torch.float64)
-        if run.world > 1:
-            dist.all_reduce(total, group=run.group)
-        return float(total) / len(rows)
+        return run.reduce(dist.ReduceOp.SUM, sum(losses))[0] / len(rows)
 
     return loss_at, loss, steps
 
@@ -670,154 +608,129 @@ def pipeline(run, identity):
     Each step is skipped where its folder is there: the same command continues a run.
     """
     args, out, between = run.args, run.out, run.out / "stages"
-    inputs = read_inputs(run)
+    read_inputs(run)
     if run.rank == 0 and not (out / "run.json").exists():  # a mistyped path leaves nothing behind
         with M.atomic(out / "run.json") as tmp:
             tmp.write_text(json.dumps(identity, indent=1), "utf-8")
-    teacher = inputs["teacher"]
-    models = {"teacher": teacher}
+    models = {"teacher": run.teacher}  # by row of the table
 
     # The assistant: given, or the teacher's body with a new vocabulary; stage 1 trains it.
-    assistant = Path(args.assistant) if args.assistant else between / "assistant-start"
-    models["assistant, untrained"] = assistant
-    if not args.assistant:
-        start_assistant(run, inputs, assistant)
+    assistant = args.assistant and Path(args.assistant)
+    if not assistant:
+        assistant = run.build(between / "assistant-start", start_assistant)
+        models["assistant, untrained"] = assistant
     if 1 in args.stages:
-        sources = {"teacher": teacher}
-        assistant = train_stage(run, 1, sources, inputs, assistant, out / "assistant")
-    if args.assistant or 1 not in args.stages:
-        del models["assistant, untrained"]  # a published one is no start of ours
+        assistant = train_stage(run, 1, models, assistant, out / "assistant")
     models["assistant"] = assistant
 
     # The student: bottleneck, the assistant's first layers; stages 2 to 4 train it.
     if student_stages := [k for k in args.stages if k > 1]:
-        sources = {"teacher": teacher, "assistant": assistant}
-        student = models["student, untrained"] = between / "student-start"
-        start_student(run, inputs, assistant, student)
+        student = run.build(between / "student-start", start_student, assistant)
+        models["student, untrained"] = student
         for k in student_stages:
             leaves = out / "student" if k == student_stages[-1] else between / f"stage{k}"
-            student = train_stage(run, k, sources, inputs, student, leaves)
+            student = train_stage(run, k, models, student, leaves)
             models[f"student, stage {k}"] = student
     if run.rank == 0:
-        finish(run, models, inputs)
+        finish(run, models)
 
 
 def read_inputs(run):
-    """{"teacher": folder, "corpus", "dev", "sts"}; reports what was read and looks at the teacher.
+    """Set run.teacher, a folder, run.corpus, run.dev and run.sts, and say what they look like.
 
     Raises: InputError for sizes that do not fit, before any work.
     """
-    args, out = run.args, run.out
-    teacher_dir = Path(args.teacher) if args.teacher else out / "teacher"
-    files = {flag: getattr(args, flag) for flag in ("train", "extra", "dev")}
-    sts = args.sts
-    if not args.train:
-        if args.stages != [1]:
-            msd.check_sizes(demo.TEACHER, args.bottleneck, args.layers, args.recurrence)
-        with run.first():
-            if not (out / "data").exists():
-                demo.write_demo(out / "data")
-        files |= {x: [str(out / "data" / x / "en-*.tsv")] for x in ("train", "dev")}
-        sts = out / "data" / "sts"
-        if not teacher_dir.exists():
-            train_demo_teacher(run, teacher_dir)
-    teacher = run.load(teacher_dir)
-    assistant = run.load(args.assistant) if args.assistant else teacher
-    width, wanted = assistant.config.width, teacher.config.width
-    need(
-        width == wanted,
-        f"{args.assistant}: its vectors have {width} dimensions, those of the teacher {teacher_dir} "
-        f"have {wanted}; they are compared, so the widths must match",
-    )
+    args, made = run.args, run.out / "data"  # of the built-in corpus
+    files = {"train": args.train, "extra": args.extra, "dev": args.dev}
+    run.teacher, sts = Path(args.teacher or run.out / "teacher"), args.sts
+    config = run.load(args.teacher).config if args.teacher else demo.TEACHER
+    body = run.load(args.assistant).config if args.assistant else config
+    widths = f"vectors of width {body.width}, the teacher {run.teacher} has {config.width}"
+    same = body.width == config.width
+    need(same, f"{args.assistant}: {widths}; they are compared, so the widths must match")
     if args.stages != [1]:
-        msd.check_sizes(assistant.config, args.bottleneck, args.layers, args.recurrence)
-    sets = data.read_sts(sts) if sts else {}
-    paths = {flag: expand(files[flag], f"--{flag}") for flag in files}
+        msd.check_sizes(body, args.bottleneck, args.layers, args.recurrence)
+    if not args.train:
+        with run.first():
+            if not made.exists():
+                demo.write_demo(made)
+        files |= {x: [str(made / x / "en-*.tsv")] for x in ("train", "dev")}
+        sts = made / "sts"
+        if not run.teacher.exists():  # the stand-in for a real one
+            scored, dtype = data.read_sts(made / "sts-train")["en-en"], getattr(torch, args.dtype)
+            model, loss_at = demo.teacher(scored, args.seed, dtype, args.device)
+            fit(run, "teacher", model, demo.TEACHER_STEPS, demo.TEACHER_LR, loss_at)
+            run.build(run.teacher, lambda _: model)
+    run.sts = data.read_sts(sts) if sts else {}
+    paths = {flag: expand(patterns, f"--{flag}") for flag, patterns in files.items()}
     build = functools.partial(data.build_corpus, cache=args.cache, max_chars=args.max_chars)
     with run.first():
-        corpus = build(paths["train"], extra=paths["extra"], max_lines=max(args.max_lines))
-        dev = build(paths["dev"]) if paths["dev"] else None
-    report(run, corpus)
-    look(run, teacher, corpus)
-    return {"teacher": teacher_dir, "corpus": corpus, "dev": dev, "sts": sets}
+        run.corpus = build(paths["train"], extra=paths["extra"], max_lines=max(args.max_lines))
+        run.dev = build(paths["dev"]) if paths["dev"] else None
+    describe_corpus(run)
+    describe_teacher(run)
 
 
-def train_demo_teacher(run, folder):
-    """The stand-in for a real teacher, trained on the scored pairs of the built-in corpus."""
-    args, scored = run.args, data.read_sts(run.out / "data" / "sts-train")["en-en"]
-    model, loss_at = demo.teacher(scored, args.seed, run.dtype, args.device)
-    fit(run, "teacher", model, demo.TEACHER_STEPS, demo.TEACHER_LR, loss_at)
-    run.save(model, folder)
+def start_assistant(run):
+    """The teacher's body with a vocabulary learnt from the training text."""
+    args, corpus, teacher = run.args, run.corpus, M.load(run.teacher, "float32", "cpu")
+    normalizer = teacher.tokenizer.normalizer
+    lower = normalizer is not None and normalizer.normalize_str("A") == "a"
+    lower = lower or teacher.config.do_lower_case
+    run.say(f"vocabulary: learning {args.vocab:,} pieces")
+    tokenizer = data.vocabulary(corpus, args.vocab, lower, args.cache)
+    some = np.random.default_rng(0).permutation(len(corpus.pairs))[: msd.ALIGNED_PAIRS]
+    run.say(f"vocabulary: its start from the alignment of {len(some):,} pairs")
+    sides = (corpus.texts(side) for side in corpus.pairs[np.sort(some)].T)
+    return msd.make_assistant(teacher, tokenizer, data.SPECIAL.index("<pad>"), *sides)
 
 
-def start_assistant(run, inputs, folder):
-    """The teacher's body with a vocabulary learnt from the training text, saved in `folder`."""
-    args, corpus = run.args, inputs["corpus"]
-    if folder.exists():
-        return
-    with run.first() as mine:
-        if mine:
-            teacher = M.load(inputs["teacher"], "float32", "cpu")
-            normalizer = teacher.tokenizer.normalizer
-            lower = normalizer is not None and normalizer.normalize_str("A") == "a"
-            lower = lower or teacher.config.do_lower_case
-            run.say(f"vocabulary: learning {args.vocab:,} pieces")
-            tokenizer = data.vocabulary(corpus, args.vocab, lower, args.cache)
-            some = np.random.default_rng(0).permutation(len(corpus.pairs))[: msd.ALIGNED_PAIRS]
-            run.say(f"vocabulary: its start from the alignment of {len(some):,} pairs")
-            sides = (corpus.texts(side) for side in corpus.pairs[np.sort(some)].T)
-            pad_id = data.SPECIAL.index("<pad>")
-            msd.make_assistant(teacher, tokenizer, pad_id, *sides).save(folder)
+def start_student(run, assistant_folder):
+    """The student before its first stage."""
+    args, assistant = run.args, run.load(assistant_folder)
+    ids, _ = data.tokens(run.corpus, assistant, args.cache, M.meter("tokens", run.say))
+    ids = ids[: 10**7]  # sentences are in no order: a fair sample
+    counts = np.bincount(ids, minlength=assistant.config.vocab_size)
+    sizes = args.bottleneck, args.layers, args.recurrence
+    return msd.make_student(assistant, *sizes, args.init, args.seed, counts)
 
 
-def start_student(run, inputs, assistant_dir, folder):
-    """The student before its first stage, saved in `folder`."""
-    args, corpus = run.args, inputs["corpus"]
-    with run.first() as mine:
-        if mine and not folder.exists():
-            assistant = run.load(assistant_dir)
-            ids = data.tokens(corpus, assistant, args.cache, run.meter("tokens"))[0]
-            ids = ids[: 10**7]  # sentences are in no order: a fair sample
-            counts = np.bincount(ids, minlength=assistant.config.vocab_size)
-            sizes = args.bottleneck, args.layers, args.recurrence
-            msd.make_student(assistant, *sizes, args.init, args.seed, counts).save(folder)
-
-
-def report(run, corpus):
+def describe_corpus(run):
     """What was read and what was dropped, with totals that add up."""
+    corpus, reports = run.corpus, run.corpus.report
     kinds = ("lines", "kept", "long", "blank", "header", "same", "quoted")
-    total = {k: sum(r[k] for r in corpus.report) for k in kinds}
-    bad = sum(sum(r["bad"].values()) for r in corpus.report)
-    keys = corpus.pairs[:, 0].astype(np.uint64) * np.uint64(2**32) + corpus.pairs[:, 1]
-    twice = len(keys) - len(np.unique(keys))
+    total = {k: sum(r[k] for r in reports) for k in kinds}
+    bad = sum(sum(r["bad"].values()) for r in reports)
+    twice = len(corpus.pairs) - len(np.unique(corpus.pairs.view(np.uint64)))
     run.say(
-        f"data: {len(corpus.report)} files, {total['lines']:,} lines = {total['kept']:,} pairs + "
+        f"data: {len(reports)} files, {total['lines']:,} lines = {total['kept']:,} pairs + "
         f"{total['long']:,} too long + {total['blank']:,} blank + {total['header']:,} headers + "
         f"{bad:,} malformed; {len(corpus.first):,} distinct sentences, {twice / total['kept']:.1%} "
         "of the pairs are repeated"
     )
     most = max(run.args.max_lines)
-    if cut := sum(r["lines"] >= most for r in corpus.report):
+    if cut := sum(r["lines"] >= most for r in reports):
         run.say(f"  {cut} files reach --max-lines {most:,}; lines beyond it are not read")
-    examples = [(kind, e) for r in corpus.report for kind, e in r["examples"].items()]
-    for what, warn in (("same", "both sides are equal"), ("quoted", "both sides are in quotes")):
-        if total[what]:
-            example = next(e for kind, e in examples if kind == what)
-            sign = "warning: " if total[what] > 0.03 * total["kept"] else ""
-            run.say(f"  {sign}{total[what] / total['kept']:.1%}: {warn}, such as {example}")
-    for _, example in [e for e in examples if e[0] not in ("same", "quoted")][:3]:
+    examples = {}  # the first of each kind
+    for r in reversed(reports):
+        examples |= r["examples"]
+    for kind, what in (("same", "both sides are equal"), ("quoted", "both sides are in quotes")):
+        if found := examples.pop(kind, None):
+            share = total[kind] / total["kept"]
+            sign = "warning: " if share > 0.03 else ""
+            run.say(f"  {sign}{share:.1%}: {what}, such as {found}")
+    for example in list(examples.values())[:3]:
         run.say(f"  dropped {example}")
-    run.log(data=corpus.report, distinct=len(corpus.first), repeated=twice)
+    run.log(data=reports, distinct=len(corpus.first), repeated=twice)
 
 
-def look(run, teacher, corpus):
+def describe_teacher(run):
     """A look at the teacher before hours of training on it."""
-    ids = np.unique(corpus.pairs[:, 0])
-    some = np.sort(np.random.default_rng(0).permutation(ids)[:4000])
-    flat, starts = teacher.tokenize(corpus.texts(some))
-    seen = describe_vectors(
-        teacher.embed(flat, starts, progress=run.meter("a look at the teacher"))
-    )
+    teacher, corpus = run.load(run.teacher), run.corpus
+    ids = np.random.default_rng(0).permutation(np.unique(corpus.pairs[:, 0]))[:4000]
+    flat, starts = teacher.tokenize(corpus.texts(np.sort(ids)))
+    progress = M.meter("a look at the teacher", run.say)
+    seen = describe_vectors(teacher.embed(flat, starts, progress=progress))
     seen["truncated"] = float((np.diff(starts) >= teacher.config.max_seq_length).mean())
     run.say(
         f"teacher: width {seen['width']}, mean norm {seen['norm']:.3f}, mean cosine of different "
@@ -834,9 +747,8 @@ def describe_vectors(v):
     of the best constant guess, which any student must beat."""
     n, total = len(v), M.unit(v).sum(0)
     cosine = float((total @ total - n) / (n * (n - 1))) if n > 1 else math.nan
-    norm = float(np.linalg.norm(v, axis=1).mean())
-    size = {"n": n, "width": v.shape[1], "norm": norm}
-    return {**size, "cosine": cosine, "constant_mse": float(v.var(0).mean())}
+    norm, error = float(np.linalg.norm(v, axis=1).mean()), float(v.var(0).mean())
+    return {"n": n, "width": v.shape[1], "norm": norm, "cosine": cosine, "constant_mse": error}
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -855,23 +767,19 @@ def spearman(x, y):
 
 def mean_spearman(scores):
     """(all, monolingual, cross-lingual) means over sets named A-B; nan for none."""
-
-    def mean(keep):
-        kept = [v for k, v in scores.items() if keep(*k.split("-"))]
-        return float(np.mean(kept)) if kept else math.nan
-
-    return mean(lambda a, b: True), mean(lambda a, b: a == b), mean(lambda a, b: a != b)
+    mono, cross = [], []
+    for name, score in scores.items():
+        a, b = name.split("-")
+        (mono if a == b else cross).append(score)
+    return tuple(float(np.mean(x)) if x else math.nan for x in ([*scores.values()], mono, cross))
 
 
 def similarity_scores(encode, sets):
     """{"en-de": cosine of each pair (n,)} for the sets of data.read_sts; a sentence once."""
     texts = list(dict.fromkeys(t for a, b, _ in sets.values() for t in (*a, *b)))
-    row, v = {t: i for i, t in enumerate(texts)}, M.unit(encode(texts))
-
-    def vectors(side):
-        return v[[row[t] for t in side]]
-
-    return {name: (vectors(a) * vectors(b)).sum(1) for name, (a, b, _) in sets.items()}
+    vector = dict(zip(texts, M.unit(encode(texts))))
+    sides = {k: [np.stack([vector[t] for t in side]) for side in s[:2]] for k, s in sets.items()}
+    return {k: (a * b).sum(1) for k, (a, b) in sides.items()}
 
 
 def retrieval(x, y, block=1024):
@@ -920,23 +828,46 @@ def bootstrap(sets, a, b, n=1000, seed=0):
     narrow.
     """
 
-    def difference(rows):
-        def mean(cosines):
-            drawn = {k: rows[len(gold)] for k, (_, _, gold) in sets.items()}
-            scores = {k: spearman(cosines[k][i], sets[k][2][i]) for k, i in drawn.items()}
-            return mean_spearman({k: 100 * v for k, v in scores.items()})
+    def mean(cosines, rows):  # (3,); rows: {length: numbers of pairs}
+        drawn = {k: (cosines[k], gold, rows[len(gold)]) for k, (_, _, gold) in sets.items()}
+        return mean_spearman({k: 100 * spearman(c[i], g[i]) for k, (c, g, i) in drawn.items()})
 
-        return np.subtract(mean(b), mean(a))  # (3,)
+    def difference(rows):
+        return np.subtract(mean(b, rows), mean(a, rows))
 
     rng, sizes = np.random.default_rng(seed), sorted({len(s[2]) for s in sets.values()})
     whole = difference({m: np.arange(m) for m in sizes})
     draws = [difference({m: rng.integers(0, m, m) for m in sizes}) for _ in range(n)]
     low, high = np.nanpercentile(np.array(draws), [2.5, 97.5], axis=0)  # a draw may be constant
-    names = ("all", "mono", "cross")
-    return {k: [float(x[i]) for x in (whole, low, high)] for i, k in enumerate(names)}
+    bounds = np.stack([whole, low, high], axis=1).tolist()  # (3, 3)
+    return dict(zip(("all", "mono", "cross"), bounds))
 
 
 # -------------------------------------------------------------------------------------- the table
+def finish(run, models):
+    """Read the test sets, once, for models {row: folder}; write results.json, print, clear up."""
+    pairs, rows, cosines = dev_pairs(run.dev), {}, {}
+    english = {k: v for k, v in run.sts.items() if k == "en-en"}  # all the teacher is scored on
+    teacher = run.load(run.teacher)
+    goal = {k: teacher.encode(side, normalize=False) for k, (side, _) in pairs.items()}
+    for label, folder in models.items():
+        model, begun = run.load(folder), time.monotonic()
+        given = (english, {}) if label == "teacher" else (run.sts, pairs)
+        rows[label], cosines[label] = evaluate(model, *given, goal)
+        rows[label]["sizes"] = M.ledger(model.config)
+        score, seconds = mean_spearman(rows[label]["spearman"])[0], time.monotonic() - begun
+        run.say(f"evaluated {label}: mean Spearman {score:.1f} ({seconds:.0f} s)")
+    results = {"rows": rows, "bootstrap": None, **circumstances(run)}
+    if label.startswith("student") and run.sts:
+        results["bootstrap"] = bootstrap(run.sts, cosines["assistant"], cosines[label])
+    with M.atomic(run.out / "results.json") as tmp:
+        tmp.write_text(json.dumps(results, indent=1), "utf-8")
+    M.delete(run.out / "checkpoint.safetensors")
+    if not run.args.keep:
+        M.delete(run.out / "stages")
+    print_table(results)
+
+
 def dev_pairs(dev):
     """{language: (english, translations)} of the dev files, by their names, en-XX."""
     pairs, end = {}, 0
@@ -949,87 +880,47 @@ def dev_pairs(dev):
     return {k: v for k, v in pairs.items() if v[0]}
 
 
-def finish(run, models, inputs):
-    """Read the test sets, once; write results.json, print the table, clear up.
-
-    models: {row of the table: folder}.
-    """
-    args, out, sts = run.args, run.out, inputs["sts"]
-    pairs = dev_pairs(inputs["dev"])
-    teacher = run.load(models["teacher"])
-    goal = {k: teacher.encode(side, normalize=False) for k, (side, _) in pairs.items()}
-    english = {k: v for k, v in sts.items() if k == "en-en"}  # all that it is scored on
-    rows, cosines = {}, {}
-    for label, folder in models.items():
-        model, begun = run.load(folder), time.monotonic()
-        given = (english, {}) if label == "teacher" else (sts, pairs)
-        rows[label], cosines[label] = evaluate(model, *given, goal)
-        rows[label]["sizes"] = M.ledger(model.config)
-        score = mean_spearman(rows[label]["spearman"])[0]
-        seconds = time.monotonic() - begun
-        run.say(f"evaluated {label}: mean Spearman {score:.1f} ({seconds:.0f} s)")
-    results = {"rows": rows, "bootstrap": None, **circumstances(run)}
-    if (last := list(models)[-1]).startswith("student") and sts:
-        results["bootstrap"] = bootstrap(sts, cosines["assistant"], cosines[last])
-    with M.atomic(out / "results.json") as tmp:
-        tmp.write_text(json.dumps(results, indent=1), "utf-8")
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)
-    if not args.keep:
-        M.delete(out / "stages")
-    print_table(results)
-
-
 def circumstances(run):
     """What results.json says of how a run was made; file names without folders."""
-    entries, given = read_log(run.out), settings(run.args)
-    for k in ("teacher", "assistant", "train", "extra", "dev", "sts"):
-        many = isinstance(given[k], list)
-        given[k] = [Path(x).name for x in given[k]] if many else given[k] and Path(given[k]).name
+    args, given, entries = run.args, dict(run.settings), read_log(run.out)
+    for k in ("train", "extra", "dev"):
+        given[k] = [Path(x).name for x in given[k]]
+    for k in ("teacher", "assistant", "sts"):
+        given[k] = given[k] and Path(given[k]).name
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     there = shutil.which("git")
     revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() if there else ""
-    return {
-        "stages": [e for e in entries if e.get("done") and "stage" in e],
-        "teacher_look": next(e["teacher"] for e in reversed(entries) if "teacher" in e),
-        "arguments": given,
-        "seed": run.args.seed,
-        "git": revision or None,
-        "dtype": run.args.dtype,
-        "threads": torch.get_num_threads(),
-        "processes": run.world,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {run.args.device}",
-        "python": platform.python_version(),
-        "versions": {m.__name__: m.__version__ for m in (torch, tokenizers, np)},
-    }
+    done = [e for e in entries if e.get("done") and "stage" in e]
+    look = next(e["teacher"] for e in reversed(entries) if "teacher" in e)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}"
+    versions = {m.__name__: m.__version__ for m in (torch, tokenizers, np)}
+    made = {"stages": done, "teacher_look": look, "arguments": given, "seed": args.seed}
+    made |= {"git": revision or None, "dtype": args.dtype, "threads": torch.get_num_threads()}
+    made |= {"processes": run.world, "machine": machine, "python": platform.python_version()}
+    return {**made, "versions": versions}
 
 
 def print_table(results):
     """The whole story of a run, from its results.json."""
-    rows = results["rows"]
+    rows, scores, dev, sizes = results["rows"], {}, {}, {}
     names = list(rows["assistant"]["spearman"])
-    print(f"\n{'Spearman x 100':22}" + "".join(f"{n:>7}" for n in names) + "   mono  cross    all")
     for label, row in rows.items():
         everything, mono, cross = mean_spearman(row["spearman"])
-        means = (mono, math.nan, math.nan) if label == "teacher" else (mono, cross, everything)
-        scores = [row["spearman"].get(n, math.nan) for n in names]
-        cells = (f"{'-':>7}" if math.isnan(v) else f"{v:7.1f}" for v in (*scores, *means))
-        print(f"{label:22}" + "".join(cells))
-    print("\ndev pairs, mean of languages   en->xx  xx->en  100 MSE en  100 MSE xx")
-    for label, row in rows.items():
+        means = mono, cross, math.nan if label == "teacher" else everything  # it has en-en alone
+        scores[label] = *(row["spearman"].get(k, math.nan) for k in names), *means
         if row["accuracy"]:
-            there, back = np.mean(list(row["accuracy"].values()), axis=0)
-            en, xx = np.mean(list(row["mse"].values()), axis=0)
-            print(f"{label:29}{there:8.1f}{back:8.1f}{en:12.3f}{xx:12.3f}")
-    heads = ("embedding", "layers", "other", "total", "MB f32", "of assistant")
-    print(f"\n{'parameters':18}" + "".join(f"{h:>13}" for h in heads))
-    full = rows["assistant"]["sizes"]["total"]
-    students = [k for k in rows if k.startswith("student")]
-    for label in ["teacher", "assistant", *students[-1:]]:
-        s = rows[label]["sizes"]
-        counts = "".join(f"{s[k]:13,}" for k in ("embedding", "layers", "other", "total"))
-        share = s["total"] / full
-        print(f"{label.split(',')[0]:18}{counts}{s['total'] * 4 / 2**20:13.1f}{share:13.1%}")
-    if results.get("bootstrap"):
+            by_language = [(*row["accuracy"][k], *row["mse"][k]) for k in row["accuracy"]]
+            dev[label] = np.mean(by_language, axis=0)
+        if label in ("teacher", "assistant", list(rows)[-1]):
+            total = row["sizes"]["total"]
+            share = total / rows["assistant"]["sizes"]["total"]
+            sizes[label.split(",")[0]] = *row["sizes"].values(), total * 4 / 2**20, share
+    show(["Spearman x 100", *names, "mono", "cross", "all"], [".1f"] * (len(names) + 3), scores)
+    heads = ["dev pairs, mean of languages", "en->xx", "xx->en", "100 MSE en", "100 MSE xx"]
+    show(heads, [".1f", ".1f", ".3f", ".3f"], dev)
+    heads = ["parameters", "embedding", "layers", "other", "total", "MB f32", "of assistant"]
+    show(heads, [",", ",", ",", ",", ".1f", ".1%"], sizes)
+    if results["bootstrap"]:
         known = [(k, *v) for k, v in results["bootstrap"].items() if not math.isnan(v[0])]
         bounds = ", ".join(f"{k} {d:+.1f} ({low:+.1f} to {high:+.1f})" for k, d, low, high in known)
         print(f"\nstudent - assistant, with 95 % of paired resamples: {bounds}")
@@ -1038,30 +929,36 @@ def print_table(results):
     print(f"\n{seconds}; {how}", flush=True)
 
 
+def show(heads, formats, rows):
+    """Print a table: rows {label: values}, under heads, the labels' first; nan as "-"."""
+    lines = [heads]
+    for label, values in rows.items():
+        cells = zip(values, formats)
+        lines.append([label, *("-" if math.isnan(v) else format(v, f) for v, f in cells)])
+    widths = [max(map(len, column)) + 2 for column in zip(*lines)]
+    print()
+    for label, *cells in lines:
+        print(label.ljust(widths[0]) + "".join(c.rjust(w) for c, w in zip(cells, widths[1:])))
+
+
 # ---------------------------------------------------------------------------------------- command
 def execute(args):
     """Run, continue or report a run in args.out."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # torchrun's
-        backend = "cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo"
-        dist.init_process_group(backend)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        lock = take(args.out)  # noqa: F841 - held until this function ends
-    if dist.is_initialized():
-        dist.barrier()
-    keep_memory()
     run, file = Run(args), args.out / "results.json"
+    with run.first() as mine:
+        lock = take(args.out) if mine else None  # noqa: F841 - held until this function ends
+    keep_memory()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
     identity = same_run(run)
-    if file.exists():
-        again = "without its results.json the same command evaluates it again"
-        run.say(f"this run is finished; {again}")
-        try:
-            return run.rank == 0 and print_table(M.read_json(file))
-        except (KeyError, TypeError, AttributeError):
-            fix = "damaged; delete it and run the same command to write it again"
-            raise InputError(f"{file}: {fix}") from None
-    pipeline(run, identity)
+    if not file.exists():
+        return pipeline(run, identity)
+    run.say("this run is finished; without its results.json the same command evaluates it again")
+    try:
+        return run.rank == 0 and print_table(M.read_json(file))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        fix = "damaged; delete it and run the same command to write it again"
+        raise InputError(f"{file}: {fix}") from None
 
 
 def main(argv=None):
@@ -1076,11 +973,9 @@ def main(argv=None):
         lost = isinstance(e, dist.DistError) or any(x in str(e) for x in signs)
         if not dist.is_initialized() or not lost:
             raise
-        print(
-            f"error: process {dist.get_rank()} lost the others: one of them has ended, and says "
-            "why above unless it was killed. The same command continues from the last checkpoint",
-            file=sys.stderr,
-        )
+        who = f"process {dist.get_rank()} lost the others: one of them has ended"
+        fix = "says why above unless it was killed. The same command continues from the checkpoint"
+        print(f"error: {who}, and {fix}", file=sys.stderr)
         os._exit(1)  # an orderly end would wait for the one that is gone
 
 
