@@ -212,7 +212,7 @@ def make_assistant(teacher, tokenizer, pad_id, english=(), translations=()):
     """
     word = teacher.embeddings.word.weight.float()  # (V of the teacher, H)
     ids = _teacher_pieces(teacher, tokenizer)
-    # Every row is a weighted mean of the teacher's rows: links (new piece, teacher's piece, weight).
+    # A row is a weighted mean of the teacher's rows: links (new piece, its piece, weight).
     lengths = torch.tensor([len(row) for row in ids])
     piece, old = torch.repeat_interleave(lengths), torch.tensor([i for row in ids for i in row])
     weight = 1 / lengths[piece]
