@@ -1,12 +1,14 @@
+# SPDX-License-Identifier: MIT
 """The encoder, its weights in and out, and what one does with a finished model.
 
 This is the one file to copy where a model is used. It reads bottom-up:
-    files  |  safetensors  |  configuration  |  layers  |  the encoder  |  loading  |  use
+    files | safetensors | configuration | layers | the encoder | loading | export | use
 
     python model.py similarity MODEL "A man reads." "Ein Mann liest."
     python model.py search MODEL corpus.txt "query in any language" [--top 5]
     python model.py encode MODEL < lines.txt > vectors.npy
     python model.py info MODEL
+    python model.py export MODEL OUT [--weights float16|int8] [--onnx] [--plain]
 
 Shapes, everywhere in this project: N sentences, T tokens, H hidden size, h heads, d = H / h,
 B bottleneck, V vocabulary, K unique layers, R recurrences.
@@ -19,6 +21,7 @@ import functools
 import glob
 import itertools
 import json
+import logging
 import math
 import mmap
 import os
@@ -26,13 +29,14 @@ import platform
 import re
 import sys
 import time
+import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from torch import nn
 
 # ------------------------------------------------------------------------------------------ files
@@ -355,6 +359,8 @@ def read_modules(root):
     with reading(file, "a list of modules with type and path"):
         modules = [(m["type"].rsplit(".", 1)[-1], root / m["path"]) for m in listed]
     names = " ".join(name for name, _ in modules)
+    if names == "SentenceEncoder":  # an export of this project: all is in its config.json
+        return root, [], {}
     known = "Transformer Pooling( Dense)*( Normalize)?"
     fits = re.fullmatch(known, names)
     need(fits, f"{file}: modules {names!r}, expected {known}; others are not supported")
@@ -406,6 +412,21 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+class WordTable(nn.Embedding):
+    """(V, B or H). Of int8, a float32 scale (V,) stands beside it: rows widen as they are read."""
+
+    def narrow(self):
+        """Make room for int8 rows, in buffers: parameters must be floating."""
+        size = self.weight.shape
+        del self.weight
+        self.register_buffer("weight", torch.empty(size, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(size[0]))
+
+    def forward(self, ids):
+        rows = super().forward(ids)
+        return rows * self.scale[ids][..., None] if hasattr(self, "scale") else rows
+
+
 class Embeddings(nn.Module):
     """Ids to vectors. With a bottleneck the word table is (V, B), then a map B -> H, no bias."""
 
@@ -413,7 +434,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.config, H = c, c.hidden_size
         width = c.bottleneck_size or H
-        self.word = nn.Embedding(c.vocab_size, width, padding_idx=c.pad_token_id)
+        self.word = WordTable(c.vocab_size, width, padding_idx=c.pad_token_id)
         self.project = Linear(width, H, bias=False) if c.bottleneck_size else None
         self.position = nn.Embedding(c.max_position_embeddings, H)
         self.token_type = nn.Embedding(c.type_vocab_size, H)
@@ -522,7 +543,8 @@ class Encoder(nn.Module):
         if not layers:
             return x
         bias = None  # added to attention's scores, (N, 1, 1, T): the lowest number at pads
-        if mask.device.type != "cpu" or not mask.all():  # asking a GPU would wait for it
+        traced = torch.compiler.is_compiling()  # for ONNX: no branch may hang on the data
+        if traced or mask.device.type != "cpu" or not mask.all():  # asking a GPU would wait for it
             lowest = torch.finfo(x.dtype).min
             bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, lowest)[:, None, None]
         for layer in [*self.layers] * self.config.recurrence:  # cycle order 1..K, 1..K, ...
@@ -596,20 +618,24 @@ class Encoder(nn.Module):
         return out[0] if single else out
 
     def save(self, folder):
-        """Write a model directory, atomically: config.json, tokenizer.json, model.safetensors.
+        """Write a model directory, atomically, with float32 weights; see write()."""
+        with atomic(folder) as tmp:
+            tmp.mkdir()
+            self.write(tmp)
 
-        Weights are float32. Names are Hugging Face's, so a model without bottleneck and recurrence
-        opens there as well.
+    def write(self, folder, weights="float32"):
+        """Put config.json, tokenizer.json and model.safetensors into a folder.
+
+        weights: as in narrow(). Names are Hugging Face's, so a model without bottleneck and
+        recurrence opens there as well.
         """
         c = {**vars(self.config), "position_embedding_type": "absolute"}
         c["hidden_dropout_prob"] = c["attention_probs_dropout_prob"] = c.pop("dropout")
-        weights = {k: v.float() for k, v in to_hf(self.state_dict()).items()}
-        with atomic(folder) as tmp:
-            tmp.mkdir()
-            text = json.dumps(c, indent=1, sort_keys=True) + "\n"
-            (tmp / "config.json").write_text(text, "utf-8")
-            (tmp / "tokenizer.json").write_text(self.tokenizer.to_str(pretty=True), "utf-8")
-            write_safetensors(tmp / "model.safetensors", weights)
+        text = json.dumps(c, indent=1, sort_keys=True) + "\n"
+        Path(folder, "config.json").write_text(text, "utf-8")
+        Path(folder, "tokenizer.json").write_text(self.tokenizer.to_str(), "utf-8")
+        tensors = narrow(to_hf(self.state_dict()), weights)
+        write_safetensors(Path(folder, "model.safetensors"), tensors)
 
 
 def pad(flat, starts, rows, pad_id):
@@ -687,6 +713,31 @@ def to_hf(state):
     return out
 
 
+def narrow(tensors, weights):
+    """Tensors as a file holds them: float32, float16 or int8.
+
+    int8: each matrix NAME.weight (m, n) is rounded, row by row, to 127 steps of its largest value;
+    NAME.scale (m,) is a step in float32. What is int8 already stays so.
+    """
+    out, kind = {}, torch.float16 if weights == "float16" else torch.float32
+    for name, t in tensors.items():
+        if weights == "int8" and t.dim() == 2:
+            scale = t.float().abs().amax(1).clamp(min=1e-12) / 127
+            out[name.removesuffix("weight") + "scale"] = scale
+            t = (t / scale[:, None]).round().to(torch.int8)
+        out[name] = t.to(kind) if t.is_floating_point() else t
+    return out
+
+
+def widen(tensors):
+    """The inverse of narrow() for all but the word table, which stays as it is."""
+    scales = [n for n in tensors if n.endswith(".scale") and "word_embeddings." not in n]
+    for name in scales:
+        weight = f"{name.removesuffix('scale')}weight"
+        tensors[weight] = tensors[weight] * tensors.pop(name)[:, None]
+    return tensors
+
+
 def from_hf(tensors):
     """The inverse of to_hf. Names it does not know pass through, for a strict load to list.
 
@@ -758,11 +809,14 @@ def read_weights(folder, to=None, copy=False):
         for name, short in body_names(tensors, folder).items():
             t = tensors[name]
             need(short not in out, f"{name} is there twice")
-            need(t.is_floating_point(), f"{name} has dtype {t.dtype}, expected a floating one")
+            scale = tensors.get(f"{name.removesuffix('weight')}scale", t.new_zeros(0))
+            rows = t.dtype == torch.int8 and t.dim() == 2 and scale.shape == t.shape[:1]
+            kinds = "a floating one, or int8 rows with a scale each"
+            need(rows or t.is_floating_point(), f"{name} has dtype {t.dtype}, expected {kinds}")
             need(torch.isfinite(t.sum()), f"{name} holds values that are not finite")
             out[short] = t
         need(table in out and out[table].dim() == 2, f"no 2-dimensional {table}")
-        return from_hf(out)
+        return from_hf(widen(out))
 
 
 def _must_exist(file, opener, folder):
@@ -839,9 +893,264 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     need(largest < V, f"{body / 'tokenizer.json'}: {few}")
     with torch.device("meta"):  # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, kind)
+        if "embeddings.word.scale" in state:
+            better = "train the float32 model that it was made of"
+            need(not train, f"{body}: int8 weights cannot be trained; {better}")
+            model.embeddings.word.narrow()
     with reading(body / "model.safetensors", "the weights that config.json describes"):
         model.load_state_dict(state, assign=True)  # lists what is missing, unexpected, misshapen
     return model.to(device).requires_grad_(train).train(train)
+
+
+# ----------------------------------------------------------------------------------------- export
+def export(folder, out, weights="float32", onnx=False, plain=False):
+    """Write `out`, a folder ready to upload; returns a line that says how large it is.
+
+    It opens here and in sentence-transformers, with `onnx` also in ONNX Runtime, transformers.js
+    and fastembed. weights: float32, float16 or int8, of model.safetensors. plain: an ordinary
+    directory of the model's family, for anything else; see unroll().
+    Raises: InputError for what cannot be; then there is nothing at `out`.
+    """
+    source, out = Path(folder).resolve(), Path(out)
+    need(not out.exists(), f"{out}: is there already; choose another folder, or delete it first")
+    need(not plain or weights != "int8", "--plain: no other program reads our int8; take float16")
+    model = load(source, "float32", "cpu")
+    c, before = model.config, ledger(model.config)["total"]
+    narrow = hasattr(model.embeddings.word, "scale")
+    need(not narrow, f"{source}: its weights are int8; export the float32 model it was made of")
+    alone = not (c.dense and (plain or onnx))
+    need(alone, f"{source}: has a Dense module; other programs open it without --onnx and --plain")
+    model = unroll(model) if plain else model
+    with atomic(out) as tmp:
+        tmp.mkdir()
+        write_extras(model, tmp, plain)
+        model.write(tmp, weights)
+        card = model_card(model, source, out.name, weights, onnx, plain)
+        (tmp / "README.md").write_text(card, "utf-8")
+        if onnx:
+            write_onnx(model, tmp / "onnx")
+    after, stored = ledger(model.config)["total"], (out / "model.safetensors").stat().st_size
+    larger = f", {after / before:.1f} x those of {source.name}" if plain else ""
+    return f"{out}: {after:,} parameters{larger}; weights {stored / 1e6:,.1f} MB"
+
+
+@torch.no_grad()
+def unroll(model):
+    """The same function as an ordinary encoder, without bottleneck and recurrence.
+
+    The word table (V, B) is multiplied by the map B -> H, and the K layers are there R times.
+    """
+    c, state = model.config, model.state_dict()
+    if c.bottleneck_size:
+        state["embeddings.word.weight"] @= state.pop("embeddings.project.weight").T
+    for name in [n for n in state if n.startswith("layers.")]:
+        _, k, part = name.split(".", 2)
+        for r in range(1, c.recurrence):
+            state[f"layers.{int(k) + r * c.num_hidden_layers}.{part}"] = state[name]
+    depth = c.num_hidden_layers * c.recurrence
+    with torch.device("meta"):
+        sizes = replace(c, bottleneck_size=0, recurrence=1, num_hidden_layers=depth)
+        plain = Encoder(sizes, model.tokenizer).requires_grad_(False).eval()
+    plain.load_state_dict(state, assign=True)
+    return plain
+
+
+def write_extras(model, folder, plain):
+    """What other programs look for beside our three files."""
+    c, t = model.config, model.tokenizer
+    if c.do_lower_case:  # others know only what tokenizer.json says
+        t.normalizer = normalizers.Sequence(
+            [normalizers.Lowercase()] + [t.normalizer] * bool(t.normalizer)
+        )
+    limits = {"pad_token": t.id_to_token(c.pad_token_id), "model_max_length": c.max_seq_length}
+    files = {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **limits}}
+    types = ["model.SentenceEncoder"]
+    if plain:
+        kinds = ["Transformer", "Pooling"] + ["Normalize"] * c.normalize
+        types = [f"sentence_transformers.models.{kind}" for kind in kinds]
+        modes = ("mean_tokens", "cls_token", "max_tokens", "mean_sqrt_len_tokens")
+        pooling = {f"pooling_mode_{m}": m.rsplit("_", 1)[0] == c.pooling for m in modes}
+        files["1_Pooling/config.json"] = {"word_embedding_dimension": c.hidden_size, **pooling}
+        files["sentence_bert_config.json"] = {"max_seq_length": c.max_seq_length}
+    else:
+        (folder / "model.py").write_bytes(Path(__file__).read_bytes())
+    if c.prompt:
+        prompts = {"prompts": {"default": c.prompt}, "default_prompt_name": "default"}
+        files["config_sentence_transformers.json"] = prompts
+    files["modules.json"] = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind.split('.')[-1]}" if i else "", "type": kind}
+        for i, kind in enumerate(types)
+    ]
+    for name, value in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+
+
+class SentenceEncoder(nn.Module):
+    """An Encoder as the one module of a sentence-transformers model, found in its own model.py."""
+
+    save_in_root = True
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.tokenizer = encoder.requires_grad_(), encoder.tokenizer
+
+    @classmethod
+    def load(cls, path, **options):
+        """path: a folder, or a name on the hub, from which these files alone are fetched."""
+        from sentence_transformers.util import load_file_path
+
+        known = ("token", "cache_folder", "revision", "local_files_only")
+        where = {k: options.get(k) for k in known}
+        names = ("config.json", "tokenizer.json", "model.safetensors")
+        files = [load_file_path(path, name, **where) for name in names]
+        return cls(load(Path(files[0]).parent, "float32", "cpu"))
+
+    def save(self, folder, **_):
+        self.encoder.write(folder)
+
+    def tokenize(self, texts, **_):
+        flat, starts = self.encoder.tokenize(texts, prompt="")  # the prompt is there already
+        batch = pad(flat, starts, np.arange(len(texts)), self.encoder.config.pad_token_id)
+        ids, mask = map(torch.from_numpy, batch)
+        return {"input_ids": ids, "attention_mask": mask.long()}  # (N, T) each
+
+    def forward(self, features, **_):
+        e, mask = self.encoder, features["attention_mask"].bool()
+        e.dtype = e.embeddings.norm.weight.dtype  # half() and bfloat16() are obeyed
+        x = e.hidden(features["input_ids"], mask)  # (N, T, H)
+        v = e.dense(pool(x, mask, e.config.pooling))
+        v = F.normalize(v, dim=-1) if e.config.normalize else v
+        return {**features, "token_embeddings": x, "sentence_embedding": v}
+
+    def get_embedding_dimension(self):
+        return self.encoder.config.width
+
+    get_sentence_embedding_dimension = get_embedding_dimension  # the name before version 5
+
+    @property
+    def max_seq_length(self):
+        return self.encoder.config.max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, tokens):
+        c = self.encoder.config
+        tokens = min(tokens, c.max_position_embeddings - c.first_position)
+        self.encoder.config = replace(c, max_seq_length=tokens)
+        self.encoder.tokenizer.enable_truncation(tokens)
+
+
+ONNX_POOLINGS = {"mean": "PoolingType.MEAN", "cls": "PoolingType.CLS"}  # that consumers have
+
+
+def write_onnx(model, folder):
+    """Write model.onnx, float32, and model_quantized.onnx, 8 bits.
+
+    input_ids, attention_mask, int64 (N, T) -> last_hidden_state (N, T, H). The model's maps are
+    turned: it is spoilt afterwards. Raises: InputError without the packages, over 2 GB, or for a
+    pooling that the consumers lack.
+    """
+    try:  # sentence-transformers demands every package that model.py imports outside of a try
+        import onnxscript  # noqa: F401 - torch.onnx needs it
+        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError as e:
+        fix = "pip install onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0"
+        raise InputError(f"--onnx needs {e.name}, which nothing else does: {fix}") from None
+    c = model.config
+    known = ", ".join(ONNX_POOLINGS)
+    need(c.pooling in ONNX_POOLINGS, f"pooling {c.pooling!r}: the users of ONNX know {known}")
+    need(4 * ledger(c)["total"] < 2**31, "over 2 GB, the limit of an ONNX file")
+    # Turned here, not by the graph, a tied matrix stands in the file once, and can be quantized.
+    for m in [m for m in model.modules() if isinstance(m, Linear)]:
+        m.weight = nn.Parameter(m.weight.T.contiguous(), requires_grad=False)
+        m.forward = lambda x, m=m: x @ m.weight + (0 if m.bias is None else m.bias)
+    model.forward = lambda input_ids, attention_mask: model.hidden(input_ids, attention_mask.bool())
+    ids = torch.full((2, 7), c.pad_token_id)
+    ids[:, :5] += 1  # any real token
+    names = {"input_names": ["input_ids", "attention_mask"], "output_names": ["last_hidden_state"]}
+    names["dynamic_shapes"] = [{0: "batch", 1: "length"}] * 2
+    folder.mkdir()
+    logging.disable(logging.WARNING)  # of packages that tracer and quantizer could do without
+    with warnings.catch_warnings(action="ignore"):
+        inputs = (ids, (ids != c.pad_token_id).long())
+        program = torch.onnx.export(model, inputs, dynamo=True, verbose=False, **names)
+        ClearMetadataAndDocStringPass()(program.model)  # this machine's paths are in it
+        program.save(full := folder / "model.onnx")
+        # Unsigned: without VNNI, x86 processors add up signed products with saturation.
+        unsigned = {"per_channel": True, "weight_type": QuantType.QUInt8}
+        quantize_dynamic(full, folder / "model_quantized.onnx", **unsigned)
+    logging.disable(logging.NOTSET)
+
+
+CARD = """---
+language: {languages}
+license: other
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, feature-extraction, multilingual{tag}]
+---
+# {name}
+
+Sentences of at most {c.max_seq_length} tokens to vectors of {c.width}, compared by cosine.
+{c.model_type}: {c.num_hidden_layers} layers applied {c.recurrence} times, word table
+{c.vocab_size} x {table}, {c.pooling} pooling. `model.safetensors` is {weights}.
+
+| part | parameters | MB float32 | float16 | int8 |
+|---|---:|---:|---:|---:|
+{sizes}
+
+{scores}Made by multi-stage distillation ([arXiv 2209.05869](https://arxiv.org/abs/2209.05869)).
+{origin}The licences of teacher, assistant and training data apply to this model; the code is MIT.
+
+    from sentence_transformers import SentenceTransformer
+    vectors = SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])
+"""
+CARD_HERE = """
+    from model import load  # the file here; needs torch, tokenizers and numpy
+    vectors = load("{name}").encode(["A sentence.", "Ein Satz."])
+"""
+CARD_ONNX = """
+transformers.js (dtype "fp32" or "q8"), fastembed, and for ONNX Runtime itself `onnx/model.onnx`,
+from `input_ids` and `attention_mask` to `last_hidden_state`:
+
+    const extract = await pipeline("feature-extraction", "{name}", {{ dtype: "q8" }});
+    const vectors = await extract(["A sentence."], {{ pooling: "{c.pooling}", normalize: true }});
+
+    TextEmbedding.add_custom_model("{name}", pooling={pooling}, normalization=True,
+        dim={c.width}, sources=ModelSource(hf="{name}"), model_file="onnx/model.onnx")
+    vectors = list(TextEmbedding("{name}").embed(["A sentence."]))
+"""
+
+
+def model_card(model, source, name, weights, onnx, plain):
+    """README.md for a hub; scores and origin are in results.json beside the folder `source`."""
+    c, file = model.config, source.parent / "results.json"
+    results = read_json(file) if file.exists() else {}
+    rows, given = results.get("rows", {}), results.get("arguments", {})
+    labels = [k for k in rows if k.split(",")[0] == source.name]  # "student, stage 4" is the last
+    row = rows[labels[-1]] if labels else {}
+    scores = {k: v for k, v in row.get("spearman", {}).items() if v == v}
+    languages = {x for pair in scores for x in pair.split("-")} | set(row.get("accuracy", {}))
+    table, origin, shown = c.bottleneck_size or c.hidden_size, "", ""
+    counts = {**ledger(c), "word table": c.vocab_size * table}
+    line = "| {} | {:,} | {:,.1f} | {:,.1f} | {:,.1f} |"
+    sizes = [line.format(k, n, 4 * n / 1e6, 2 * n / 1e6, n / 1e6) for k, n in counts.items()]
+    if scores:
+        sets = ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
+        shown = f"Spearman x 100: {sets}; mean {sum(scores.values()) / len(scores):.1f}.\n\n"
+    if row:
+        made = {k: given.get(k) or "of this code's demo" for k in ("teacher", "assistant")}
+        texts = ", ".join([*(given.get("train") or ["built in"]), *(given.get("extra") or [])])
+        origin = f"Teacher: {made['teacher']}; assistant: {made['assistant']}; data: {texts}; "
+        origin += f"seed {results.get('seed')}; code: {results.get('git')}.\n"
+    return (CARD + CARD_HERE * (not plain) + CARD_ONNX * onnx).format(
+        languages=json.dumps(sorted(languages) or ["multilingual"]),
+        **{"c": c, "name": name, "weights": weights, "table": table, "sizes": "\n".join(sizes)},
+        **{"scores": shown, "origin": origin, "tag": ", onnx" * onnx},
+        trust="" if plain else ", trust_remote_code=True",
+        pooling=ONNX_POOLINGS.get(c.pooling),
+    )
 
 
 # -------------------------------------------------------------------------------------------- use
@@ -911,6 +1220,7 @@ COMMANDS = {  # name: (arguments after the model, what it does)
     "search": (("corpus", "query"), "the lines of a text file that are nearest to a query"),
     "encode": ((), "lines of standard input to vectors, a .npy file on standard output"),
     "info": ((), "shape and size"),
+    "export": (("out",), "a folder ready to upload, for other programs, too"),
 }
 
 
@@ -924,10 +1234,16 @@ def main(argv=None):
         for argument in ("model", *arguments):
             sub.add_argument(argument)
     commands.choices["search"].add_argument("--top", type=int, default=5, help="lines to show")
+    add = commands.choices["export"].add_argument
+    add("--weights", choices=("float32", "float16", "int8"), default="float32")
+    add("--onnx", action="store_true", help="for ONNX Runtime, transformers.js and fastembed, too")
+    add("--plain", action="store_true", help="without bottleneck and recurrence: opens anywhere")
     args = ap.parse_args(argv)
     odd = re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", " ".join(map(str, vars(args).values())))
     need(not odd, "expected text in UTF-8 without control characters")
     need(getattr(args, "top", 1) > 0, "--top: expected 1 or more")
+    if args.command == "export":
+        return print(export(args.model, args.out, args.weights, args.onnx, args.plain))
     model = load(args.model, args.dtype)
     if args.command == "similarity":
         a, b = unit(model.encode([args.a, args.b]))
