@@ -437,6 +437,75 @@ def _unigram(scores):
     return models.Unigram([(p, 0.0) for p in SPECIAL] + ranked, unk_id=3)
 
 
+def always_kept(tokenizer, size):
+    """The pieces that a smaller vocabulary keeps whatever their use: special ones, characters.
+
+    Raises: InputError where they or the whole vocabulary do not go with `size`, or the tokenizer is
+    of a kind that cannot be cut.
+    """
+    raw, ids = json.loads(tokenizer.to_str()), tokenizer.get_vocab()
+    model, kind = raw["model"], raw["model"]["type"]
+    known = kind in ("Unigram", "BPE", "WordPiece")
+    need(known, f"--keep-vocab: a {kind} tokenizer; only Unigram, BPE and WordPiece can be cut")
+    kept = {t["content"] for t in raw["added_tokens"]}
+    kept.add(model["vocab"][model["unk_id"]][0] if kind == "Unigram" else model.get("unk_token"))
+    alone = re.compile(r"(##)?.|<0x[0-9A-F]{2}>", re.DOTALL)  # characters, bytes that stand in
+    kept = {p for p in ids if p in kept or alone.fullmatch(p)}
+    limits = f"{len(kept):,} (special tokens, single characters) to {len(ids):,} (all pieces)"
+    need(len(kept) <= size <= len(ids), f"--keep-vocab {size:,}: expected {limits}")
+    return kept
+
+
+def cut_vocabulary(tokenizer, counts, size):
+    """(tokenizer, ids): the `size` pieces that a text uses most, and their old ids (size,).
+
+    counts (V,): how often the text uses each piece. Of BPE the parts of what stays stay, too. Ids
+    are renumbered in their old order, and a text whose pieces all stay is cut as before.
+    Raises: InputError, see always_kept().
+    """
+    kept, ids = always_kept(tokenizer, size), tokenizer.get_vocab()
+    raw = json.loads(tokenizer.to_str())
+    model = raw["model"]
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges", ())]
+    parts = {}  # of a piece of BPE: all that it may be merged from
+    for a, b in merges:
+        parts.setdefault(a + b, set()).update((a, b))
+    for piece in sorted(ids, key=lambda p: (-counts[ids[p]], ids[p])):
+        wanted, more = set(), {piece}
+        while more := more - kept - wanted:
+            wanted |= more
+            more = set().union(*(parts.get(p, ()) for p in more))
+        if len(kept) + len(wanted) <= size:
+            kept |= wanted
+    order = sorted(kept, key=ids.get)
+    new = {p: i for i, p in enumerate(order)}
+    if model["type"] == "Unigram":
+        unknown = model["vocab"][model["unk_id"]][0]
+        model["vocab"] = [entry for entry in model["vocab"] if entry[0] in kept]
+        model["unk_id"] = new[unknown]
+    else:
+        model["vocab"] = {p: new[p] for p in model["vocab"] if p in kept}
+        model["merges"] = [[a, b] for a, b in merges if {a, b, a + b} <= kept]
+    if model["type"] == "WordPiece":
+        del model["merges"]
+    _renumber([raw["added_tokens"], raw["post_processor"]], new)
+    return Tokenizer.from_str(json.dumps(raw)), np.array([ids[p] for p in order])
+
+
+def _renumber(value, new):
+    """Give the special tokens in a part of a tokenizer.json their new ids, in place."""
+    if isinstance(value, dict) and "content" in value:
+        value["id"] = new[value["content"]]
+    elif isinstance(value, dict) and "tokens" in value:
+        value["ids"] = [new[token] for token in value["tokens"]]
+    elif isinstance(value, list) and list(map(type, value)) == [str, int]:
+        value[1] = new[value[0]]
+    else:
+        for part in value.values() if isinstance(value, dict) else value:
+            if isinstance(part, (dict, list)):
+                _renumber(part, new)
+
+
 # ----------------------------------------------------------------------------------------- batches
 def batch_order(lengths, batch, seed):
     """The batches of one pass over the pairs: arrays of pair numbers, a pure function of the above.

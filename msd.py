@@ -244,6 +244,23 @@ def make_assistant(teacher, tokenizer, pad_id, english=(), translations=()):
     return model
 
 
+@torch.no_grad()
+def cut_assistant(assistant, tokenizer, ids):
+    """An assistant of fewer pieces: the rows `ids` of its word table, with their tokenizer.
+
+    A text whose pieces all stay gets the same vectors, to the bit; see data.cut_vocabulary.
+    """
+    c, state = assistant.config, assistant.state_dict()
+    state["embeddings.word.weight"] = state["embeddings.word.weight"][torch.from_numpy(ids)]
+    pad_id = int(np.flatnonzero(ids == c.pad_token_id)[0])
+    same = c.model_type == "bert" or pad_id == c.pad_token_id
+    need(same, "--keep-vocab: the pad token would move, and with it what counts positions")
+    c = replace(c, vocab_size=len(ids), pad_token_id=pad_id)
+    model = Encoder(c, tokenizer, assistant.dtype)
+    model.load_state_dict(state)
+    return model
+
+
 def _teacher_pieces(teacher, tokenizer):
     """For each piece of a new tokenizer, in order of id, the teacher's ids for its text."""
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda x: x[1])

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 import data
@@ -829,6 +830,87 @@ def test_batches_cover_every_pair_once_and_repeat():
     )
     assert not np.array_equal(batches[0], data.batch_order(lengths, 16, [0, 1, 1])[0])
     assert np.mean([np.ptp(lengths[b]) for b in batches]) < 5  # little padding
+
+
+def library_tokenizer(kind, texts):
+    """A tokenizer of another kind than ours, as published models have them."""
+    special, small = ["<s>", "<pad>", "</s>", "<unk>"], {"vocab_size": 400, "show_progress": False}
+    t = tokenizers.Tokenizer(getattr(tokenizers.models, kind.split("-")[-1])(unk_token="<unk>"))
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    t.post_processor = tokenizers.processors.BertProcessing(("</s>", 2), ("<s>", 0))
+    if kind == "byte-BPE":
+        t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+        t.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+        small["initial_alphabet"] = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    name = "WordPieceTrainer" if kind == "WordPiece" else "BpeTrainer"
+    trainer = getattr(tokenizers.trainers, name)
+    t.train_from_iterator(texts, trainer(special_tokens=special, **small))
+    return t
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "BPE", "byte-BPE", "WordPiece"])
+def test_vocabulary_cut_to_a_text(kind, tmp_path):
+    """The pieces a text uses most; what it cuts as before has the same vectors, to the bit."""
+    files = [demo.DEMO / f"{x}.txt" for x in ("en", "de", "tr", "ar")]
+    lines = [line for f in files for line in f.read_text("utf-8").splitlines()]
+    old = data.train_tokenizer(lines, 400, True) if kind == "Unigram" else None
+    old = old or library_tokenizer(kind, lines)
+    m = tiny(old)
+    size = len(data.always_kept(old, len(old.get_vocab()))) + 60
+    counts = np.bincount(m.tokenize(lines[:80])[0], minlength=m.config.vocab_size)
+    new, ids = data.cut_vocabulary(old, counts, size)
+    assert len(ids) == len(set(ids.tolist())) == len(new.get_vocab()) <= size < len(old.get_vocab())
+    assert all(old.id_to_token(int(i)) == new.id_to_token(k) for k, i in enumerate(ids))
+    cut = msd.cut_assistant(m, new, ids)
+    stay = [t for t in lines if set(old.encode(t).ids) <= set(ids.tolist())]
+    assert 10 < len(stay) < len(lines)
+    assert np.array_equal(m.encode(stay), cut.encode(stay))
+    assert cut.encode(lines).shape == (len(lines), 32)  # all others have vectors, too
+    cut.save(tmp_path / "cut")  # an ordinary directory
+    assert np.array_equal(M.load(tmp_path / "cut", "float32").encode(stay), cut.encode(stay))
+    used = {old.id_to_token(i) for t in lines[:80] for i in old.encode(t).ids}
+    assert len(used & set(new.get_vocab())) > 50  # and not any others
+    for wrong in (3, len(old.get_vocab()) + 1):
+        with pytest.raises(M.InputError, match=f"--keep-vocab {wrong:,}: expected"):
+            data.cut_vocabulary(old, counts, wrong)
+
+
+def test_word_level_cannot_be_cut():
+    t = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    with pytest.raises(M.InputError, match="a WordLevel tokenizer; only Unigram, BPE and WordP"):
+        data.always_kept(t, 1)
+
+
+def test_keep_vocab_of_a_run(world, finished, tmp_path):
+    """A cut assistant as it is, without stage 1: the run leaves it; bad sizes stop at once."""
+    given = world / "whole" / "assistant"
+    pieces = len(M.load(given).tokenizer.get_vocab())
+    flags = ["--stages", "4", "--assistant", given, "--keep-vocab"]
+    done = run(command(world, tmp_path / "run", *flags, pieces - 40))
+    assert done.returncode == 0, done.stderr
+    assert "of dev en-de" in done.stdout and "assistant, cut" in done.stdout
+    cut, student = (M.load(tmp_path / "run" / x) for x in ("assistant", "student"))
+    assert cut.config.vocab_size == student.config.vocab_size == pieces - 40
+    for bad, message in (
+        (flags + [2], "--keep-vocab 2: expected"),
+        (["--keep-vocab", 99], "needs"),
+    ):
+        done = run(command(world, tmp_path / "bad", *bad))
+        assert done.returncode == 2 and message in done.stderr
+        assert not (tmp_path / "bad" / "run.json").exists()
+
+
+def test_table_again_without_the_stages(world, finished, tmp_path):
+    """results.json deleted: it is written again from the models that are kept, and none trained."""
+    place = tmp_path / "run"
+    assert run(command(world, place)).returncode == 0
+    first = json.loads((place / "results.json").read_text())["rows"]
+    (place / "results.json").unlink()
+    done = run(command(world, place))
+    assert done.returncode == 0 and "stage 1, " not in done.stdout, done.stderr
+    again = json.loads((place / "results.json").read_text())["rows"]
+    assert set(again) == {"teacher", "assistant", "student, stage 4"}
+    assert again["student, stage 4"] == first["student, stage 4"]
 
 
 def test_sts_files(tmp_path):

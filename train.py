@@ -100,6 +100,7 @@ def parser():
     add("--layers", type=number(int, 1), help="K, unique layers; fewer is smaller, not faster")
     add("--recurrence", type=number(int, 1, 1000), help="R, times they run; speed follows K x R")
     add("--vocab", type=number(int, 100), help="pieces learnt here; more helps across languages")
+    add("--keep-vocab", type=number(int, 1), help="pieces of --assistant to keep, most used first")
     add = ap.add_argument_group("schedule: one value, or four for stages 1 to 4").add_argument
     add("--stages", type=stages, default=[1, 2, 3, 4], help="1-4; 2-4 takes --assistant as it is")
     add("--epochs", type=each(float, 1e-6, 1e6), help="passes over the pairs; 0.1: a quick look")
@@ -133,6 +134,7 @@ def parse(argv):
         args.stages = [k for k in args.stages if k != 2]
         args.lr = rates or (*args.lr[:2], args.lr[0], args.lr[3])
     need(args.stages, "--stages 2 alone needs a bottleneck")
+    need(args.assistant or not args.keep_vocab, "--keep-vocab needs --assistant DIR, to cut its")
     ready = 1 in args.stages or args.assistant
     need(ready, "--stages without 1 needs --assistant DIR, a trained multilingual encoder")
     own = args.preset != "demo" or args.teacher or args.train or args.dev or args.sts or args.extra
@@ -182,6 +184,8 @@ class Run:
         self.args, self.out, self.stop, self.busy = args, args.out, 0, False
         self.world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
         self.rank, self.group = 0, None
+        # Where the last model is there, only the table is missing; what came before may be gone.
+        self.trained = Path(args.out, "assistant" if args.stages == [1] else "student").exists()
         if self.world > 1:
             if not dist.is_initialized():
                 dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
@@ -232,7 +236,7 @@ class Run:
         """The folder of a model, make(run, *args), which the first process saves if it is not
         there; nobody goes on before it has."""
         with self.first() as mine:
-            if mine and not folder.exists():
+            if mine and not (folder.exists() or self.trained):
                 make(self, *args).save(folder)
         return folder
 
@@ -496,7 +500,7 @@ def train_stage(run, stage, sources, start, leaves):
 
     sources: {"teacher": folder, "assistant": folder}; msd.STAGES says which gives the targets.
     """
-    if leaves.exists():
+    if leaves.exists() or run.trained:
         return leaves
     args, k, row, corpus, dev = run.args, stage - 1, msd.STAGES[stage], run.corpus, run.dev
     model, source = run.load(start, train=True), sources[row.targets]
@@ -619,6 +623,10 @@ def pipeline(run, identity):
     if not assistant:
         assistant = run.build(between / "assistant-start", start_assistant)
         models["assistant, untrained"] = assistant
+    elif args.keep_vocab:
+        cut = between / "assistant-start" if 1 in args.stages else out / "assistant"
+        models |= {"assistant, given": assistant, "assistant, cut": cut}
+        assistant = run.build(cut, start_cut_assistant)
     if 1 in args.stages:
         assistant = train_stage(run, 1, models, assistant, out / "assistant")
     models["assistant"] = assistant
@@ -632,7 +640,7 @@ def pipeline(run, identity):
             student = train_stage(run, k, models, student, leaves)
             models[f"student, stage {k}"] = student
     if run.rank == 0:
-        finish(run, models)
+        finish(run, {row: folder for row, folder in models.items() if folder.exists()})
 
 
 def read_inputs(run):
@@ -644,7 +652,10 @@ def read_inputs(run):
     files = {"train": args.train, "extra": args.extra, "dev": args.dev}
     run.teacher, sts = Path(args.teacher or run.out / "teacher"), args.sts
     config = run.load(args.teacher).config if args.teacher else demo.TEACHER
-    body = run.load(args.assistant).config if args.assistant else config
+    given = run.load(args.assistant) if args.assistant else None
+    body = given.config if given else config
+    if args.keep_vocab:
+        data.always_kept(given.tokenizer, args.keep_vocab)
     widths = f"vectors of width {body.width}, the teacher {run.teacher} has {config.width}"
     same = body.width == config.width
     need(same, f"{args.assistant}: {widths}; they are compared, so the widths must match")
@@ -683,6 +694,20 @@ def start_assistant(run):
     run.say(f"vocabulary: its start from the alignment of {len(some):,} pairs")
     sides = (corpus.texts(side) for side in corpus.pairs[np.sort(some)].T)
     return msd.make_assistant(teacher, tokenizer, data.SPECIAL.index("<pad>"), *sides)
+
+
+def start_cut_assistant(run):
+    """The given assistant with the --keep-vocab pieces that the training text uses most."""
+    args, assistant = run.args, M.load(run.args.assistant, "float32", "cpu")
+    ids, _ = data.tokens(run.corpus, assistant, args.cache, M.meter("tokens", run.say))
+    counts = np.bincount(ids, minlength=assistant.config.vocab_size)
+    tokenizer, kept = data.cut_vocabulary(assistant.tokenizer, counts, args.keep_vocab)
+    for language, sides in dev_pairs(run.dev).items():
+        flat, _ = assistant.tokenize([t for side in sides for t in side])
+        lost = float(1 - np.isin(flat, kept).mean())
+        run.say(f"vocabulary: {len(kept):,} pieces; of dev en-{language}, {lost:.2%} are cut anew")
+        run.log(language=language, pieces=len(kept), lost=lost)
+    return msd.cut_assistant(assistant, tokenizer, kept)
 
 
 def start_student(run, assistant_folder):
