@@ -231,10 +231,9 @@ def make_assistant(teacher, tokenizer, pad_id, english=(), translations=()):
         own[special] = 2**30  # they keep their rows
         piece, old = torch.cat([piece, f]), torch.cat([old, e])
         weight = torch.cat([weight * own[piece[: len(weight)]], n.float()])
-    table, total = torch.zeros(len(ids), word.shape[1]), torch.zeros(len(ids), 1)
-    for part in torch.arange(len(piece)).split(2**14):  # not all rows in memory at once
-        table.index_add_(0, piece[part], word[old[part]] * weight[part, None])
-        total.index_add_(0, piece[part], weight[part, None])
+    links, sizes = torch.stack([piece, old]), (len(ids), len(word))
+    mix = torch.sparse_coo_tensor(links, weight, sizes, check_invariants=True)
+    table, total = mix @ word, mix @ torch.ones(len(word), 1)  # (V, H), (V, 1)
     table = torch.where(total > 0, table / total, word.mean(0))  # (V, H)
     table[pad_id] = 0
     state = {k: v.float().clone() for k, v in teacher.state_dict().items()}
