@@ -34,36 +34,32 @@ from model import InputError, atomic, need, read_json
 # ---------------------------------------------------------------------------------- reading files
 LINE_LIMIT = 1 << 20  # bytes; a longer line is no sentence pair
 BAD_SHARE = 0.01  # more malformed lines than that stop the run
-FORMATS = {  # what a file may be instead of text, by its first bytes, and what turns it into pairs
+FORMATS = {  # what a file may be instead of text, by its first bytes, and what makes it text
     b"PAR1": ("parquet", "python -c \"import pandas; pandas.read_parquet('{0}').iloc[:, :2]"
               ".to_csv('{1}', sep='\\t', header=False, index=False)\""),
     b"PK\x03\x04": ("zip", "unzip -p '{0}' > '{1}'"),
     b"BZh": ("bzip2", "bzcat '{0}' > '{1}'"),
     b"\xfd7zXZ": ("xz", "xzcat '{0}' > '{1}'"),
     b"\x28\xb5\x2f\xfd": ("zstd", "zstdcat '{0}' > '{1}'"),
-    b"\xff\xfe\0\0": ("UTF-32 text", "iconv -f UTF-32 -t UTF-8 '{0}' > '{1}'"),
-    b"\0\0\xfe\xff": ("UTF-32 text", "iconv -f UTF-32 -t UTF-8 '{0}' > '{1}'"),
-    b"\xff\xfe": ("UTF-16 text", "iconv -f UTF-16 -t UTF-8 '{0}' > '{1}'"),
-    b"\xfe\xff": ("UTF-16 text", "iconv -f UTF-16 -t UTF-8 '{0}' > '{1}'"),
+    b"\xff\xfe\0\0": ("UTF-32", "iconv -f UTF-32 -t UTF-8 '{0}' > '{1}'"),
+    b"\0\0\xfe\xff": ("UTF-32", "iconv -f UTF-32 -t UTF-8 '{0}' > '{1}'"),
+    b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 '{0}' > '{1}'"),
+    b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 '{0}' > '{1}'"),
 }  # fmt: skip
 NOT_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
 
 
 def refuse_formats(path, head):
     """Raises: InputError where the first bytes of a file are not those of UTF-8 text."""
-    name, command = next((v for k, v in FORMATS.items() if head.startswith(k)), (None, ""))
-    if name is None and head.count(0) > len(head) / 5:  # no byte order mark, but every second byte
-        bits = 32 if head.count(0) > len(head) / 2 else 16
+    name, command = next((v for k, v in FORMATS.items() if head.startswith(k)), ("", ""))
+    if not name and head.count(0) > len(head) / 5:  # no byte order mark, but every second byte
+        name = f"UTF-{32 if head.count(0) > len(head) / 2 else 16}"
         order = "BE" if head[0] == 0 else "LE"
-        name = f"UTF-{bits} text"
-        command = f"iconv -f UTF-{bits}{order} -t UTF-8 '{{0}}' > '{{1}}'"
-    new = Path(path).with_suffix(".utf8.tsv" if "UTF" in str(name) else ".tsv")
-    new = new.with_name(f"{new.name.removesuffix('.tsv').removesuffix('.tsv')}.tsv")
-    need(
-        name is None,
-        f"{path}: is {name}; expected plain or gzipped UTF-8 text. Convert it: "
-        + command.format(path, new),
-    )
+        command = f"iconv -f {name}{order} -t UTF-8 '{{0}}' > '{{1}}'"
+    new = Path(path).with_name(f"text-{Path(path).stem}")
+    new = new if new.suffix == ".tsv" else new.with_name(f"{new.name}.tsv")
+    fix = f"Convert it: {command.format(path, new)}"
+    need(not name, f"{path}: is {name}; expected plain or gzipped UTF-8 text. {fix}")
 
 
 def read_lines(path):
@@ -508,7 +504,7 @@ def _renumber(value, new):
 
 # ----------------------------------------------------------------------------------------- batches
 def batch_order(lengths, batch, seed):
-    """The batches of one pass over the pairs: arrays of pair numbers, a pure function of the above.
+    """The batches of one pass over the pairs: arrays of pair numbers, a pure function of these.
 
     lengths (n,): of the longer side of each pair. Shuffled, sorted by length within stretches of
     256 batches to save padding, cut, and the batches shuffled.

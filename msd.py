@@ -4,7 +4,8 @@ The paper and nothing else, in the paper's order:
     losses  |  the four stages  |  sizes and presets  |  how a student begins  |  an assistant
 
 s is an English sentence, t its translation; T the teacher, A the assistant, S the student.
-N pairs a batch, H hidden size, V vocabulary, B bottleneck, K unique layers, R recurrences.
+N pairs a batch, H hidden size, V vocabulary, B bottleneck, K unique layers, R recurrences; T in a
+shape is tokens.
 What runs the stages on files is train.py.
 """
 
@@ -35,7 +36,7 @@ def contrastive(S_s, S_t, T_s):
     mean_ij (cos(S(s_i), S(t_j)) - cos(T(s_i), T(s_j)))^2. The teacher's own similarities in the
     batch are the target, diagonal included: no temperature, no hard negatives.
     """
-    # A temperature would divide both matrices here.
+    # A temperature would need another distance: dividing both matrices only scales this one.
     return mse(cos_matrix(S_s, S_t), cos_matrix(T_s, T_s))  # both (N, N)
 
 
@@ -49,13 +50,14 @@ class Stage:
     targets: str  # whose vectors are the targets: teacher or assistant
     layers: bool  # False: the embedding blocks alone, pooled, on both sides of the loss
     own: bool  # True: each side has its own target; False: the English side's serves both
-    contrast: bool = False  # add the contrastive loss
+    contrast: bool = False  # add the contrastive loss, "mcl" in the log
+    extra: bool = False  # train on the files of --extra, too
 
 
 STAGES = {
     1: Stage("teaching assistant", "assistant", "teacher", layers=True, own=False),
-    2: Stage("align the bottleneck", "student", "assistant", layers=False, own=True),
-    3: Stage("distil", "student", "assistant", layers=True, own=True),
+    2: Stage("align the bottleneck", "student", "assistant", False, own=True, extra=True),
+    3: Stage("distil", "student", "assistant", layers=True, own=True, extra=True),
     4: Stage("multilingual contrastive learning", "student", "teacher", True, False, contrast=True),
 }
 
@@ -118,7 +120,8 @@ WARMUP = 0.1  # share of a stage's steps over which the learning rate rises
 WEIGHT_DECAY = 0.01  # AdamW's, not on biases and LayerNorm
 ADAM_EPS = 1e-6
 CLIP = 1.0  # largest gradient norm
-ALIGNED_PAIRS = 300_000  # from which a new vocabulary learns its start
+# Not the paper's: the pairs from which a new vocabulary learns its start.
+ALIGNED_PAIRS = 300_000
 
 
 def check_sizes(c, B, K, R):
@@ -154,8 +157,9 @@ def make_student(assistant, B, K, R, init="text", seed=0, counts=None):
 
     Without a bottleneck (B = 0) it keeps the assistant's table, and stage 3 is its first.
     init: "text" starts the bottleneck from the truncated SVD of the assistant's word table, its
-    rows weighted by how often a piece occurs, counts (V,), or alike without counts; positions,
-    token types and LayerNorm are the assistant's. "paper" starts the whole block from noise.
+    rows weighted by how often a piece occurs, counts (V,), to the power 3/4, or alike without
+    counts; positions, token types and LayerNorm are the assistant's. "paper" starts the whole block
+    from noise.
     Raises: InputError for sizes that do not fit.
     """
     c = assistant.config
@@ -163,8 +167,7 @@ def make_student(assistant, B, K, R, init="text", seed=0, counts=None):
     sizes = replace(c, bottleneck_size=B, num_hidden_layers=K, recurrence=R)
     student = Encoder(sizes, assistant.tokenizer, assistant.dtype)
     init_weights(student, torch.Generator().manual_seed(seed)).to(assistant.device)
-    layers = assistant.layers[:K].state_dict()
-    student.layers.load_state_dict({k: v.float() for k, v in layers.items()})
+    student.layers.load_state_dict(assistant.layers[:K].state_dict())
     student.dense.load_state_dict(assistant.dense.state_dict())
     ours, theirs = student.embeddings, assistant.embeddings
     if B and init == "paper":
@@ -184,8 +187,8 @@ def make_student(assistant, B, K, R, init="text", seed=0, counts=None):
 def principal_directions(E, B, counts=None):
     """(H, B): the B right singular vectors of a word table E (V, H) with the largest values.
 
-    Rows are weighted by counts (V,) to the power 3/4: frequent pieces are kept best, but full stops
-    do not crowd out what carries meaning. Measured: results/README.md.
+    By counts (V,) ** 3/4 frequent pieces are kept best, but full stops do not crowd out what
+    carries meaning. Measured: results/README.md.
     """
     # They are the eigenvectors of E'WE, which is only (H, H): exact, and no copy of E.
     weights = torch.ones(len(E)) if counts is None else torch.from_numpy(counts) ** 0.75
@@ -196,9 +199,10 @@ def principal_directions(E, B, counts=None):
     return torch.linalg.eigh(gram)[1][:, -B:].float()
 
 
-# ------------------------------------------------------------- an assistant, where there is none
-# The paper's assistants are published checkpoints. Where none is given, one is made of the
-# teacher's body and a vocabulary learnt from the training text, and stage 1 trains it.
+# ------------------------------------------------------------------------ how an assistant begins
+# The paper's assistants are published checkpoints. One may be cut to the pieces that are used.
+# Where none is given, one is made of the teacher's body and a vocabulary learnt from the training
+# text, and stage 1 trains it.
 
 
 @torch.no_grad()
@@ -222,15 +226,13 @@ def make_assistant(teacher, tokenizer, pad_id, english=(), translations=()):
     c = replace(c, max_position_embeddings=c.max_position_embeddings - first)
     model = Encoder(replace(c, do_lower_case=False, prompt=""), tokenizer, teacher.dtype)
     if len(english):
-        tokens = model.tokenize(english)[0]
         sides = *teacher.tokenize(english, prompt=""), *model.tokenize(translations)
         f, e, n = (torch.from_numpy(x) for x in align(*sides))
-        own = torch.from_numpy(np.bincount(tokens, minlength=len(ids))).float()
-        own[own == 0] = 1e-6  # tells only where nothing is linked
-        special = [tokenizer.token_to_id(name) for name in ("<s>", "</s>", "<unk>")]
-        own[special] = 2**30  # they keep their rows
+        uses = np.bincount(model.tokenize(english)[0], minlength=len(ids))
+        uses = torch.from_numpy(uses).float().clamp(min=1e-6)  # unused: told by links alone
+        uses[[tokenizer.token_to_id(name) for name in ("<s>", "</s>", "<unk>")]] = 2**30  # stay
+        weight = torch.cat([weight * uses[piece], n.float()])
         piece, old = torch.cat([piece, f]), torch.cat([old, e])
-        weight = torch.cat([weight * own[piece[: len(weight)]], n.float()])
     links, sizes = torch.stack([piece, old]), (len(ids), len(word))
     mix = torch.sparse_coo_tensor(links, weight, sizes, check_invariants=True)
     table, total = mix @ word, mix @ torch.ones(len(word), 1)  # (V, H), (V, 1)

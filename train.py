@@ -1,6 +1,8 @@
 """Train: `python train.py` runs all four stages on the built-in corpus; --help says what else.
 
 A run lives in one folder. The same command again continues it, exactly, wherever it was stopped.
+Random, and from --seed: the order of batches, dropout, noise in a student's start, the demo's
+teacher. Samples of text (for the alignment, for dev, for a look) and the demo's corpus are fixed.
 
     arguments  |  the run  |  the loop  |  the stages  |  the pipeline  |  evaluation  |  the table
 """
@@ -52,8 +54,7 @@ class Stop(Exception):
 
 
 # -------------------------------------------------------------------------------------- arguments
-# What may differ between a run and its continuation: results do not depend on it, or in their last
-# bits only, but that another device or number of processes draws other dropout masks.
+# What may differ between a run and its continuation; another device draws other dropout masks.
 FREE = {"out", "cache", "device", "keep"}
 
 
@@ -471,7 +472,7 @@ class Training:
     def choose(self, step, loss):
         """Keep the weights if this dev loss is the best so far."""
         self.run.log(stage=self.name, step=step, dev=loss)
-        if not loss >= self.best_loss:
+        if loss < self.best_loss:
             self.best_loss = loss
             torch._foreach_copy_(self.best, self.weights)
 
@@ -504,8 +505,9 @@ def train_stage(run, stage, sources, start, leaves):
         return leaves
     args, k, row, corpus, dev = run.args, stage - 1, msd.STAGES[stage], run.corpus, run.dev
     model, source = run.load(start, train=True), sources[row.targets]
-    model.layers.requires_grad_(row.layers)  # stage 2 has no use for them
-    used = (corpus.group == 0) | (stage in (2, 3))  # --extra is for stages 2 and 3
+    for part in (model.layers, model.dense):
+        part.requires_grad_(row.layers)  # stage 2 has no use for them
+    used = (corpus.group == 0) | row.extra
     rows = np.flatnonzero(used & (corpus.line <= args.max_lines[k]))
     loss_at, _, steps = stage_batches(run, stage, model, corpus, rows, source, args.epochs[k])
     dev_loss = None
@@ -684,7 +686,7 @@ def read_inputs(run):
 
 def start_assistant(run):
     """The teacher's body with a vocabulary learnt from the training text."""
-    args, corpus, teacher = run.args, run.corpus, M.load(run.teacher, "float32", "cpu")
+    args, corpus, teacher = run.args, run.corpus, M.load(run.teacher, "float32", "cpu", train=True)
     normalizer = teacher.tokenizer.normalizer
     lower = normalizer is not None and normalizer.normalize_str("A") == "a"
     lower = lower or teacher.config.do_lower_case
@@ -698,7 +700,7 @@ def start_assistant(run):
 
 def start_cut_assistant(run):
     """The given assistant with the --keep-vocab pieces that the training text uses most."""
-    args, assistant = run.args, M.load(run.args.assistant, "float32", "cpu")
+    args, assistant = run.args, M.load(run.args.assistant, "float32", "cpu", train=True)
     ids, _ = data.tokens(run.corpus, assistant, args.cache, M.meter("tokens", run.say))
     counts = np.bincount(ids, minlength=assistant.config.vocab_size)
     tokenizer, kept = data.cut_vocabulary(assistant.tokenizer, counts, args.keep_vocab)
@@ -712,7 +714,7 @@ def start_cut_assistant(run):
 
 def start_student(run, assistant_folder):
     """The student before its first stage."""
-    args, assistant = run.args, run.load(assistant_folder)
+    args, assistant = run.args, run.load(assistant_folder, train=True)  # float32
     ids, _ = data.tokens(run.corpus, assistant, args.cache, M.meter("tokens", run.say))
     ids = ids[: 10**7]  # sentences are in no order: a fair sample
     counts = np.bincount(ids, minlength=assistant.config.vocab_size)
