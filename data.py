@@ -403,7 +403,7 @@ def train_tokenizer(texts, size, lower_case, max_chars=10**6):
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.pre_tokenizer = normalizer, split
     bpe.train_from_iterator(
-        (w.replace("▁", " ") for w, n in words for _ in range(min(n, 1000))),
+        (w.replace("▁", " ") * min(n, 1000) for w, n in words),
         trainers.BpeTrainer(vocab_size=size - len(SPECIAL), show_progress=False),
     )
     pieces = sorted(set(bpe.get_vocab()) - set(SPECIAL))
