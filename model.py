@@ -386,7 +386,7 @@ def read_modules(root):
 def _read_pooling(file):
     """The pooling that a Pooling module's config.json switches on; a list, if not just one."""
     raw = read_json(file)
-    modes = [raw["pooling_mode"]] if "pooling_mode" in raw else []
+    modes = [re.sub("_tokens$", "", str(raw["pooling_mode"]))] if "pooling_mode" in raw else []
     for key, value in raw.items():  # the older form: pooling_mode_mean_tokens: true, ...
         if key.startswith("pooling_mode_") and value is not False:
             modes.append(re.sub("^pooling_mode_|_tokens?$", "", key))
@@ -813,7 +813,7 @@ def read_weights(folder, to=None, copy=False):
             rows = t.dtype == torch.int8 and t.dim() == 2 and scale.shape == t.shape[:1]
             kinds = "a floating one, or int8 rows with a scale each"
             need(rows or t.is_floating_point(), f"{name} has dtype {t.dtype}, expected {kinds}")
-            need(torch.isfinite(t.sum()), f"{name} holds values that are not finite")
+            need(rows or torch.isfinite(t.sum()), f"{name} holds values that are not finite")
             out[short] = t
         need(table in out and out[table].dim() == 2, f"no 2-dimensional {table}")
         return from_hf(widen(out))
@@ -959,9 +959,8 @@ def write_extras(model, folder, plain):
     """What other programs look for beside our three files."""
     c, t = model.config, model.tokenizer
     if c.do_lower_case:  # others know only what tokenizer.json says
-        t.normalizer = normalizers.Sequence(
-            [normalizers.Lowercase()] + [t.normalizer] * bool(t.normalizer)
-        )
+        steps = [normalizers.Lowercase()] + [t.normalizer] * (t.normalizer is not None)
+        t.normalizer = normalizers.Sequence(steps)
     limits = {"pad_token": t.id_to_token(c.pad_token_id), "model_max_length": c.max_seq_length}
     files = {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **limits}}
     types = ["model.SentenceEncoder"]
@@ -1050,6 +1049,10 @@ def write_onnx(model, folder):
     turned: it is spoilt afterwards. Raises: InputError without the packages, over 2 GB, or for a
     pooling that the consumers lack.
     """
+    c = model.config
+    known = ", ".join(ONNX_POOLINGS)
+    need(c.pooling in ONNX_POOLINGS, f"pooling {c.pooling!r}: the users of ONNX know {known}")
+    need(4 * ledger(c)["total"] < 2**31, "over 2 GB, the limit of an ONNX file")
     try:  # sentence-transformers demands every package that model.py imports outside of a try
         import onnxscript  # noqa: F401 - torch.onnx needs it
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -1057,10 +1060,6 @@ def write_onnx(model, folder):
     except ImportError as e:
         fix = "pip install onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0"
         raise InputError(f"--onnx needs {e.name}, which nothing else does: {fix}") from None
-    c = model.config
-    known = ", ".join(ONNX_POOLINGS)
-    need(c.pooling in ONNX_POOLINGS, f"pooling {c.pooling!r}: the users of ONNX know {known}")
-    need(4 * ledger(c)["total"] < 2**31, "over 2 GB, the limit of an ONNX file")
     # Turned here, not by the graph, a tied matrix stands in the file once, and can be quantized.
     for m in [m for m in model.modules() if isinstance(m, Linear)]:
         m.weight = nn.Parameter(m.weight.T.contiguous(), requires_grad=False)
@@ -1071,8 +1070,9 @@ def write_onnx(model, folder):
     names = {"input_names": ["input_ids", "attention_mask"], "output_names": ["last_hidden_state"]}
     names["dynamic_shapes"] = [{0: "batch", 1: "length"}] * 2
     folder.mkdir()
-    logging.disable(logging.WARNING)  # of packages that tracer and quantizer could do without
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as after:
+        logging.disable(logging.WARNING)  # of packages that tracer and quantizer could do without
+        after.callback(logging.disable, logging.NOTSET)
         inputs = (ids, (ids != c.pad_token_id).long())
         program = torch.onnx.export(model, inputs, dynamo=True, verbose=False, **names)
         ClearMetadataAndDocStringPass()(program.model)  # this machine's paths are in it
@@ -1080,7 +1080,6 @@ def write_onnx(model, folder):
         # Unsigned: without VNNI, x86 processors add up signed products with saturation.
         unsigned = {"per_channel": True, "weight_type": QuantType.QUInt8}
         quantize_dynamic(full, folder / "model_quantized.onnx", **unsigned)
-    logging.disable(logging.NOTSET)
 
 
 CARD = """---
@@ -1107,19 +1106,18 @@ Sentences of at most {c.max_seq_length} tokens to vectors of {c.width}, compared
     vectors = SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])
 """
 CARD_HERE = """
-    from model import load  # the file here; needs torch, tokenizers and numpy
-    vectors = load("{name}").encode(["A sentence.", "Ein Satz."])
+Or, with the `model.py` here: `vectors = model.load("{name}").encode(["A sentence.", "Ein Satz."])`.
 """
 CARD_ONNX = """
 transformers.js (dtype "fp32" or "q8"), fastembed, and for ONNX Runtime itself `onnx/model.onnx`,
 from `input_ids` and `attention_mask` to `last_hidden_state`:
 
     const extract = await pipeline("feature-extraction", "{name}", {{ dtype: "q8" }});
-    const vectors = await extract(["A sentence."], {{ pooling: "{c.pooling}", normalize: true }});
+    const vectors = await extract(["{c.prompt}Hi"], {{ pooling: "{c.pooling}", normalize: true }});
 
     TextEmbedding.add_custom_model("{name}", pooling={pooling}, normalization=True,
         dim={c.width}, sources=ModelSource(hf="{name}"), model_file="onnx/model.onnx")
-    vectors = list(TextEmbedding("{name}").embed(["A sentence."]))
+    vectors = list(TextEmbedding("{name}").embed(["{c.prompt}Hi"]))
 """
 
 
@@ -1128,8 +1126,7 @@ def model_card(model, source, name, weights, onnx, plain):
     c, file = model.config, source.parent / "results.json"
     results = read_json(file) if file.exists() else {}
     rows, given = results.get("rows", {}), results.get("arguments", {})
-    labels = [k for k in rows if k.split(",")[0] == source.name]  # "student, stage 4" is the last
-    row = rows[labels[-1]] if labels else {}
+    row = next((rows[k] for k in reversed(rows) if k.split(",")[0] == source.name), {})
     scores = {k: v for k, v in row.get("spearman", {}).items() if v == v}
     languages = {x for pair in scores for x in pair.split("-")} | set(row.get("accuracy", {}))
     table, origin, shown = c.bottleneck_size or c.hidden_size, "", ""
