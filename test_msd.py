@@ -38,6 +38,8 @@ from demo import corpus as demo
 HERE = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands started here; the same bits need as many
 torch.set_num_threads(1)
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same bits on every machine: on the CPU, but for one
 SHARED = HERE.parent / "shared"
 PARITY = [
     pytest.param(
@@ -2002,6 +2004,14 @@ train.stage_batches = fragile
     log = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     steps = [(e["stage"], e["step"]) for e in log if "loss" in e]
     assert len(steps) == len(set(steps)) == 4 * 8
+
+
+@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU here")
+def test_four_stages_on_a_gpu(world, tmp_path):
+    done = run(command(world, tmp_path / "run", "--device", "cuda"), CUDA_VISIBLE_DEVICES=GPUS)
+    assert done.returncode == 0 and "student, stage 4" in done.stdout, done.stderr
+    model_py = [sys.executable, HERE / "model.py", "similarity", tmp_path / "run" / "student"]
+    assert run([*model_py, "a", "b"], CUDA_VISIBLE_DEVICES=GPUS).returncode == 0
 
 
 def test_using_a_model(world, finished, tmp_path):
