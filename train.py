@@ -864,8 +864,9 @@ def bootstrap(sets, a, b, n=1000, seed=0):
 
     rng, sizes = np.random.default_rng(seed), sorted({len(s[2]) for s in sets.values()})
     whole = difference({m: np.arange(m) for m in sizes})
-    draws = [difference({m: rng.integers(0, m, m) for m in sizes}) for _ in range(n)]
-    low, high = np.nanpercentile(np.array(draws), [2.5, 97.5], axis=0)  # a draw may be constant
+    draws = np.array([difference({m: rng.integers(0, m, m) for m in sizes}) for _ in range(n)])
+    draws[:, np.isnan(whole)] = 0  # there are no such sets
+    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)  # a draw may be constant
     bounds = np.stack([whole, low, high], axis=1).tolist()  # (3, 3)
     return dict(zip(("all", "mono", "cross"), bounds))
 
