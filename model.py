@@ -831,6 +831,8 @@ def _must_exist(file, opener, folder):
 def read_tokenizer(folder):
     """(tokenizer, pad id) of a directory: tokenizer.json, and the pad token that its files name.
 
+    The pad id is the tokenizer's, not config.json's: it fills batches, and RoBERTa counts positions
+    from it; the authors' MiniLM says 0 there, which is <s>.
     Raises: InputError where there is no pad token of its own, or no start and end are added.
     """
     file = Path(folder, "tokenizer.json")
