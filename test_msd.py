@@ -2018,31 +2018,32 @@ def test_four_stages_on_a_gpu(world, tmp_path):
     assert run([*model_py, "a", "b"], CUDA_VISIBLE_DEVICES=GPUS).returncode == 0
 
 
-def test_using_a_model(world, finished, tmp_path):
+def test_using_a_model(world, finished, tmp_path, capsys):
     student = world / "whole" / "student"
-    model_py = lambda *a, **k: subprocess.run(
-        [sys.executable, HERE / "model.py", *map(str, a)], capture_output=True, **k
-    )
-    assert -1 <= float(model_py("similarity", student, "red old", "der alte").stdout) <= 1
+
+    def model_py(*args):
+        capsys.readouterr()
+        M.main([str(a) for a in args])
+        return capsys.readouterr().out
+
+    assert -1 <= float(model_py("similarity", student, "red old", "der alte")) <= 1
     lines = write(tmp_path / "lines", "red old\nblue new\n")
-    (tmp_path / "v.npy").write_bytes(
-        model_py("--dtype", "float32", "encode", student, stdin=open(lines, "rb")).stdout
+    encode = [sys.executable, HERE / "model.py", "--dtype", "float32", "encode", student]
+    with open(lines, "rb") as f:
+        done = subprocess.run([str(a) for a in encode], stdin=f, capture_output=True)
+    (tmp_path / "v.npy").write_bytes(done.stdout)
+    want = M.load(student, "float32").encode(["red old", "blue new"])
+    assert np.array_equal(np.load(tmp_path / "v.npy"), want)
+    assert model_py("search", student, lines, "blue new", "--top", "1").startswith(
+        "1.0000\t2\tblue new"
     )
-    assert np.array_equal(
-        np.load(tmp_path / "v.npy"), M.load(student, "float32").encode(["red old", "blue new"])
-    )
-    found = model_py("search", student, lines, "blue new", "--top", "1").stdout.decode()
-    assert found.startswith("1.0000\t2\tblue new")
-    assert (
-        model_py("similarity", student, "red\u200cold", "red old").returncode == 0
-    )  # Persian joins words so
-    assert (
-        b"without control characters"
-        in model_py("similarity", student, "red\x1bold", "red old").stderr
-    )
-    assert b"total" in model_py("info", student).stdout
-    gone = model_py("info", tmp_path / "nowhere")
-    assert gone.returncode == 2 and b"no such model directory" in gone.stderr
+    assert model_py("similarity", student, "red\u200cold", "red old")  # Persian joins words so
+    with pytest.raises(M.InputError, match="without control characters"):
+        model_py("similarity", student, "red\x1bold", "red old")
+    assert "total" in model_py("info", student)
+    gone = run([sys.executable, HERE / "model.py", "info", tmp_path / "nowhere"])
+    assert gone.returncode == 2 and "no such model directory" in gone.stderr
+    assert gone.stderr.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------- export
