@@ -2356,6 +2356,20 @@ def test_models_that_people_have(name, tokens):
     assert np.abs(got - want).max() < 1e-5
 
 
+@needs_cases
+@pytest.mark.parametrize("name", sorted(p.name for p in CASES.glob("models/*/")))
+def test_models_agree_with_sentence_transformers(name):
+    """Heads, prefixes, position tables, Dense and prompts: opened by both, as each is."""
+    reason = "sentence-transformers is not installed"
+    st = pytest.importorskip("sentence_transformers", reason=reason)
+    root = CASES / "models" / name
+    texts = json.loads((CASES / "models" / "expected.json").read_text("utf-8"))["texts"]
+    if name in ("data-parallel-prefix", "short-position-table"):
+        pytest.skip("sentence-transformers itself opens it with random weights, or not at all")
+    theirs = st.SentenceTransformer(str(root), device="cpu").encode(texts)
+    assert np.abs(M.load(root, "float32").encode(texts) - theirs).max() < 1e-5
+
+
 @pytest.mark.parametrize(
     "prefix, heads, between",
     [
