@@ -29,7 +29,7 @@ from tokenizers import (
     trainers,
 )
 
-from model import InputError, atomic, need, read_json
+from model import InputError, atomic, need, read_json, reading
 
 # ---------------------------------------------------------------------------------- reading files
 LINE_LIMIT = 1 << 20  # bytes; a longer line is no sentence pair
@@ -379,11 +379,8 @@ def vocabulary(corpus, size, lower_case, cache):
         tokenizer = train_tokenizer(texts, size, lower_case)
         with atomic(path) as tmp:
             tmp.write_text(tokenizer.to_str(), "utf-8")
-    try:
+    with reading(path, "a whole cache entry", "; delete it and run again"):
         return Tokenizer.from_file(str(path))
-    except Exception as e:  # tokenizers raises bare Exception
-        reason = f"damaged cache entry ({e}); delete it and run again"
-        raise InputError(f"{path}: {reason}") from None
 
 
 def train_tokenizer(texts, size, lower_case, max_chars=10**6):

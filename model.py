@@ -880,7 +880,8 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = getattr(torch, dtype) if dtype else best_dtype(device)[0]
     # cuDNN's attention builds a plan for every new shape, and each of our batches has a new one.
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     body, dense, _ = read_modules(root)
     tokenizer, pad_id = read_tokenizer(body)
     state = read_weights(body, torch.float32 if train else kind, copy=train)

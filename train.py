@@ -701,8 +701,7 @@ def start_assistant(run):
 def start_cut_assistant(run):
     """The given assistant with the --keep-vocab pieces that the training text uses most."""
     args, assistant = run.args, M.load(run.args.assistant, "float32", "cpu", train=True)
-    ids, _ = data.tokens(run.corpus, assistant, args.cache, M.meter("tokens", run.say))
-    counts = np.bincount(ids, minlength=assistant.config.vocab_size)
+    counts = piece_counts(run, assistant)
     tokenizer, kept = data.cut_vocabulary(assistant.tokenizer, counts, args.keep_vocab)
     for language, sides in dev_pairs(run.dev).items():
         flat, _ = assistant.tokenize([t for side in sides for t in side])
@@ -712,12 +711,16 @@ def start_cut_assistant(run):
     return msd.cut_assistant(assistant, tokenizer, kept)
 
 
+def piece_counts(run, encoder, most=None):
+    """How often the training text, or its first `most` tokens, use each piece: (V,)."""
+    ids, _ = data.tokens(run.corpus, encoder, run.args.cache, M.meter("tokens", run.say))
+    return np.bincount(ids[:most], minlength=encoder.config.vocab_size)
+
+
 def start_student(run, assistant_folder):
     """The student before its first stage."""
     args, assistant = run.args, run.load(assistant_folder, train=True)  # float32
-    ids, _ = data.tokens(run.corpus, assistant, args.cache, M.meter("tokens", run.say))
-    ids = ids[: 10**7]  # sentences are in no order: a fair sample
-    counts = np.bincount(ids, minlength=assistant.config.vocab_size)
+    counts = piece_counts(run, assistant, 10**7)  # sentences are in no order: a fair sample
     sizes = args.bottleneck, args.layers, args.recurrence
     return msd.make_student(assistant, *sizes, args.init, args.seed, counts)
 
