@@ -367,12 +367,12 @@ def vectors(corpus, ids, encoder, fingerprint, cache, layers=True, progress=None
 
 # -------------------------------------------------------------------------------------- vocabulary
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # XLM-R's ids 0 to 3
-FAIR_SAMPLE = 2_000_000  # sentences are numbered by their hash: the first ones are a fair sample
+FAIR_SAMPLE = 1_000_000  # sentences are numbered by their hash: the first ones are a fair sample
 
 
 def vocabulary(corpus, size, lower_case, cache):
     """The tokenizer that train_tokenizer learns from a corpus, made once."""
-    path = Path(cache) / f"vocabulary-{digest(1, corpus.key, size, lower_case)}.json"
+    path = Path(cache) / f"vocabulary-{digest(2, corpus.key, size, lower_case)}.json"
     if not path.exists():
         parts = range(0, min(len(corpus.first), FAIR_SAMPLE), 10000)
         texts = (t for i in parts for t in corpus.texts(slice(i, i + 10000)))

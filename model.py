@@ -395,15 +395,29 @@ def _read_pooling(file):
 
 # ----------------------------------------------------------------------------------------- layers
 class Linear(nn.Linear):
-    """A linear map whose weights follow the dtype of its input.
+    """A linear map whose weights follow the dtype of its input, then an activation.
 
     Master weights stay float32 and are cast once a call: autocast does the same with more copies,
     which cost more than the products at these sizes.
     """
 
-    def forward(self, x):
+    def forward(self, x, activation="identity"):
+        weight = self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        fused = {"identity": "none", "gelu": "gelu"}.get(activation)
+        if fused and not torch.is_grad_enabled() and has_onednn(x.device.type, x.dtype):
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, fused, [], "none")
+        return ACTIVATIONS[activation](F.linear(x, weight, bias))
+
+
+@functools.cache
+def has_onednn(device, dtype):
+    """Can inference call oneDNN itself? It is faster than MKL, which torch takes for float32, on
+    AMD, and GELU costs little while a product is still in the cache."""
+    if device != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    bfloat16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bfloat16 or dtype == torch.float32
 
 
 class LayerNorm(nn.LayerNorm):
@@ -490,7 +504,7 @@ class Layer(nn.Module):
             a = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=p)
         a = self.out(a.transpose(1, 2).reshape(N, T, H))  # heads side by side again
         x = self.norm1(x + F.dropout(a, p, self.training))
-        y = self.down(ACTIVATIONS[c.hidden_act](self.up(x)))
+        y = self.down(self.up(x, c.hidden_act))
         return self.norm2(x + F.dropout(y, p, self.training))
 
 
@@ -518,6 +532,9 @@ def pool(x, mask, how):
 
 
 # ------------------------------------------------------------------------------------ the encoder
+LENGTH_STEP = {"cpu": 1, "cuda": 8}  # tokens; a mask whose rows are no multiple of 8 is copied, too
+
+
 class Encoder(nn.Module):
     """Sentences to vectors: embedding block, K layers applied R times, pooling."""
 
@@ -574,6 +591,17 @@ class Encoder(nn.Module):
             lengths.append(np.fromiter(map(len, ids), np.int64))
         return np.concatenate(flat), np.cumsum(np.concatenate(lengths))
 
+    def padded(self, length):
+        """The length to which a batch is padded; in steps, so that a GPU meets few shapes."""
+        step = LENGTH_STEP[self.device.type]
+        return min(-(-length // step) * step, self.config.max_seq_length)
+
+    def batch(self, flat, starts, rows):
+        """Rows of a flat token store -> ids and mask, (N, T) each, on this device."""
+        length = self.padded(int((starts[rows + 1] - starts[rows]).max()))
+        ids, mask = pad(flat, starts, rows, self.config.pad_token_id, length)
+        return put(ids, self.device), put(mask, self.device)
+
     @torch.inference_mode()
     def embed(self, flat, starts, layers=True, budget=None, progress=None):
         """Vectors (n, width) float32, in input order, of tokenised sentences; before any Normalize.
@@ -590,9 +618,8 @@ class Encoder(nn.Module):
         width = self.config.width if layers else self.config.hidden_size
         out = torch.empty(len(lengths), width, device=self.device)
         while i < len(order):
-            rows = order[i : i + max(1, budget // int(lengths[order[i]]))]
-            batch = pad(flat, starts, rows, self.config.pad_token_id)
-            out[put(rows, self.device)] = self(*(put(a, self.device) for a in batch), layers)
+            rows = order[i : i + max(1, budget // self.padded(int(lengths[order[i]])))]
+            out[put(rows, self.device)] = self(*self.batch(flat, starts, rows), layers)
             i += len(rows)
             if progress:
                 progress(i, len(order))
@@ -638,10 +665,10 @@ class Encoder(nn.Module):
         write_safetensors(Path(folder, "model.safetensors"), tensors)
 
 
-def pad(flat, starts, rows, pad_id):
-    """Rows of a flat token store -> ids (N, T) int64 and mask (N, T) bool, without a loop."""
+def pad(flat, starts, rows, pad_id, length):
+    """Rows of a flat token store -> ids (N, length) int64 and mask, bool, without a loop."""
     start, n = starts[rows], starts[rows + 1] - starts[rows]  # (N,)
-    t = np.arange(max(int(n.max()), 1))
+    t = np.arange(length)
     mask = t < n[:, None]  # (N, T)
     ids = np.full(mask.shape, pad_id, np.int64)
     ids[mask] = flat[(start[:, None] + t)[mask]]
@@ -1013,8 +1040,7 @@ class SentenceEncoder(nn.Module):
 
     def tokenize(self, texts, **_):
         flat, starts = self.encoder.tokenize(texts, prompt="")  # the prompt is there already
-        batch = pad(flat, starts, np.arange(len(texts)), self.encoder.config.pad_token_id)
-        ids, mask = map(torch.from_numpy, batch)
+        ids, mask = self.encoder.batch(flat, starts, np.arange(len(texts)))
         return {"input_ids": ids, "attention_mask": mask.long()}  # (N, T) each
 
     def forward(self, features, **_):
@@ -1042,6 +1068,10 @@ class SentenceEncoder(nn.Module):
         self.encoder.tokenizer.enable_truncation(tokens)
 
 
+def _turned(m, x, activation="identity"):
+    return ACTIVATIONS[activation](x @ m.weight + (0 if m.bias is None else m.bias))
+
+
 ONNX_POOLINGS = {"mean": "PoolingType.MEAN", "cls": "PoolingType.CLS"}  # that consumers have
 
 
@@ -1066,7 +1096,7 @@ def write_onnx(model, folder):
     # Turned here, not by the graph, a tied matrix stands in the file once, and can be quantized.
     for m in [m for m in model.modules() if isinstance(m, Linear)]:
         m.weight = nn.Parameter(m.weight.T.contiguous(), requires_grad=False)
-        m.forward = lambda x, m=m: x @ m.weight + (0 if m.bias is None else m.bias)
+        m.forward = functools.partial(_turned, m)
     model.forward = lambda input_ids, attention_mask: model.hidden(input_ids, attention_mask.bool())
     ids = torch.full((2, 7), c.pad_token_id)
     ids[:, :5] += 1  # any real token

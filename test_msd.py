@@ -90,11 +90,7 @@ def tiny(tokenizer, seed=0, std=0.3, **changes):
 
 
 def batch(encoder, texts):
-    flat, starts = encoder.tokenize(texts)
-    return tuple(
-        torch.from_numpy(a)
-        for a in M.pad(flat, starts, np.arange(len(texts)), encoder.config.pad_token_id)
-    )
+    return encoder.batch(*encoder.tokenize(texts), np.arange(len(texts)))
 
 
 # --------------------------------------------------------------------- losses against numpy loops
@@ -241,24 +237,39 @@ def test_padding_batch_size_and_order_change_nothing(tokenizer, model_type):
 
 
 def test_fast_paths_equal_plain_ones(tokenizer):
-    """SDPA against two products, bfloat16 against float32: the largest difference is in the
-    message."""
+    """SDPA against two products, oneDNN against torch's linear map, bfloat16 against float32: the
+    largest difference is in the message."""
     m = tiny(tokenizer, std=0.05)
     q, k, v = torch.randn(3, 2, 4, 9, 8)
     bias = torch.zeros(2, 1, 1, 9).masked_fill(torch.arange(9) > 6, torch.finfo(torch.float32).min)
-    gap = (
-        (
-            M.plain_attention(q, k, v, bias)
-            - torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
-        )
-        .abs()
-        .max()
-    )
+    sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
+    gap = (M.plain_attention(q, k, v, bias) - sdpa).abs().max()
     assert gap < 1e-6, f"attention differs by {gap}"
+    for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        x = torch.randn(9, 32).to(dtype)
+        for activation in ("identity", "gelu", "relu"):
+            plain = m.layers[0].up(x, activation)
+            with torch.no_grad():
+                gap = (m.layers[0].up(x, activation) - plain).abs().max()
+            assert gap < limit, f"oneDNN's {activation} differs by {gap}"
     want = M.unit(m.encode(TEXTS))
     m.dtype = torch.bfloat16
     gap = 1 - (M.unit(m.encode(TEXTS)) * want).sum(1).min()
     assert gap < 1e-3, f"bfloat16 differs by a cosine of {gap}"
+
+
+def test_a_gpu_would_meet_few_shapes(tokenizer, monkeypatch):
+    """Lengths in steps of 8, as on CUDA, give the same vectors in a few shapes."""
+    m, shapes = tiny(tokenizer), []
+    m.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    sentences = m.tokenize([" ".join(["katze"] * (i % 45)) for i in range(900)])
+    plain = m.embed(*sentences, budget=256)
+    every = set(shapes)
+    shapes.clear()
+    monkeypatch.setitem(M.LENGTH_STEP, "cpu", 8)
+    gap = np.abs(m.embed(*sentences, budget=256) - plain).max()
+    assert gap < 1e-5, f"padding in steps differs by {gap}"
+    assert len(set(shapes)) <= 8 < len(every) and all(t % 8 == 0 for _, t in shapes), shapes
 
 
 def test_poolings(tokenizer):

@@ -553,18 +553,14 @@ def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
         wrap = torch.nn.parallel.DistributedDataParallel
         live = wrap(model, gradient_as_bucket_view=True)
 
-    def tokens(sentences):
-        ids, mask = M.pad(flat, starts, sentences, model.config.pad_token_id)  # (N, T)
-        return put(ids, args.device), put(mask, args.device)
-
     def target(sentences):
         return put(stored[np.searchsorted(ids, sentences)], args.device).float()  # (N, H)
 
-    def terms(model, numbers, mine=slice(None), gather=None):
+    def terms(net, numbers, mine=slice(None), gather=None):
         s, t = pairs[numbers].T  # (N,)
         y_s, y_t = target(s), target(t) if row.own else None
-        sides = tokens(s[mine]), tokens(t[mine])
-        return msd.stage_loss(stage, model, *sides, y_s, y_t, not args.no_contrast, gather)
+        sides = (model.batch(flat, starts, side[mine]) for side in (s, t))  # (N, T) each
+        return msd.stage_loss(stage, net, *sides, y_s, y_t, not args.no_contrast, gather)
 
     def loss_at(step):
         epoch, i = divmod(step, len(first))
@@ -677,6 +673,7 @@ def read_inputs(run):
     run.sts = data.read_sts(sts) if sts else {}
     paths = {flag: expand(patterns, f"--{flag}") for flag, patterns in files.items()}
     build = functools.partial(data.build_corpus, cache=args.cache, max_chars=args.max_chars)
+    run.say(f"data: reading {sum(map(len, paths.values()))} files")
     with run.first():
         run.corpus = build(paths["train"], extra=paths["extra"], max_lines=max(args.max_lines))
         run.dev = build(paths["dev"]) if paths["dev"] else None

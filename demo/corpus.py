@@ -17,7 +17,7 @@ import torch
 
 import data
 import msd
-from model import Config, Encoder, InputError, atomic, pad, put
+from model import Config, Encoder, InputError, atomic, put
 
 DEMO = Path(__file__).parent
 LANGUAGES = ("de", "es", "it", "fr", "ar", "tr", "nl")  # the paper's target languages
@@ -221,7 +221,7 @@ def teacher(scored, seed, dtype, device):
     gold = torch.tensor(scores / 5, dtype=torch.float32, device=device)
 
     def vectors(rows):
-        return model(*(put(x, device) for x in pad(flat, starts, rows, config.pad_token_id)))
+        return model(*model.batch(flat, starts, rows))
 
     def loss_at(step):
         rows = np.random.default_rng([seed, step]).choice(n, TEACHER_BATCH, replace=False)

@@ -59,21 +59,21 @@ def training(folder, pairs, size, seconds=20):
     """(tokens a second, parameters a token uses, different batch shapes) of stage 1's step."""
     model = M.load(folder, "bfloat16", train=True)
     tokens = [model.tokenize(side) for side in zip(*pairs)]
-    longer = np.maximum(*(np.diff(starts) for _, starts in tokens))
+    lengths = [np.diff(starts) for _, starts in tokens]
+    longer, sizes = np.maximum(*lengths), np.add(*lengths)
     optimizer = train.make_optimizer(model, 1e-5)
     target = torch.randn(size, model.config.width, device=model.device)
     shapes, counted, begun = set(), 0, None
     for i, rows in enumerate(itertools.cycle(data.batch_order(longer, size, 0))):
         if len(rows) < size:
             continue
-        sides = [M.pad(*side, rows, model.config.pad_token_id) for side in tokens]
-        s, t = (tuple(M.put(a, model.device) for a in side) for side in sides)
-        sum(msd.stage_loss(1, model, s, t, target).values()).backward()
+        sides = [model.batch(*side, rows) for side in tokens]
+        sum(msd.stage_loss(1, model, *sides, target).values()).backward()
         train.clip_gradients(model, msd.CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        shapes |= {side[0].shape for side in sides}
-        counted += sum(int(side[1].sum()) for side in sides)
+        shapes |= {ids.shape for ids, _ in sides}
+        counted += int(sizes[rows].sum())
         if i == 5:
             begun, counted = clock(), 0
         if begun and clock() - begun > seconds:
