@@ -441,7 +441,7 @@ def always_kept(tokenizer, size):
     known = kind in ("Unigram", "BPE", "WordPiece")
     need(known, f"--keep-vocab: a {kind} tokenizer; only Unigram, BPE and WordPiece can be cut")
     kept = {t["content"] for t in raw["added_tokens"]}
-    kept.add(model["vocab"][model["unk_id"]][0] if kind == "Unigram" else model.get("unk_token"))
+    kept.add(_unknown(model))
     alone = re.compile(r"(##)?.|<0x[0-9A-F]{2}>", re.DOTALL)  # characters, bytes that stand in
     kept = {p for p in ids if p in kept or alone.fullmatch(p)}
     limits = f"{len(kept):,} (special tokens, single characters) to {len(ids):,} (all pieces)"
@@ -473,9 +473,8 @@ def cut_vocabulary(tokenizer, counts, size):
     order = sorted(kept, key=ids.get)
     new = {p: i for i, p in enumerate(order)}
     if model["type"] == "Unigram":
-        unknown = model["vocab"][model["unk_id"]][0]
+        model["unk_id"] = new.get(_unknown(model))
         model["vocab"] = [entry for entry in model["vocab"] if entry[0] in kept]
-        model["unk_id"] = new[unknown]
     else:
         model["vocab"] = {p: new[p] for p in model["vocab"] if p in kept}
         model["merges"] = [[a, b] for a, b in merges if {a, b, a + b} <= kept]
@@ -483,6 +482,13 @@ def cut_vocabulary(tokenizer, counts, size):
         del model["merges"]
     _renumber([raw["added_tokens"], raw["post_processor"]], new)
     return Tokenizer.from_str(json.dumps(raw)), np.array([ids[p] for p in order])
+
+
+def _unknown(model):
+    """The piece that stands for what no piece of a tokenizer.json's model spells, or None."""
+    if model["type"] != "Unigram":
+        return model.get("unk_token")
+    return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
 
 
 def _renumber(value, new):

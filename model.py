@@ -1156,8 +1156,10 @@ from `input_ids` and `attention_mask` to `last_hidden_state`:
 
 def model_card(model, source, name, weights, onnx, plain):
     """README.md for a hub; scores and origin are in results.json beside the folder `source`."""
-    c, file = model.config, source.parent / "results.json"
-    results = read_json(file) if file.exists() else {}
+    c, results = model.config, {}
+    with contextlib.suppress(InputError):  # a file of that name may be anybody's
+        results = read_json(source.parent / "results.json")
+    results = results if {"rows", "bootstrap"} <= results.keys() else {}
     rows, given = results.get("rows", {}), results.get("arguments", {})
     row = next((rows[k] for k in reversed(rows) if k.split(",")[0] == source.name), {})
     scores = {k: v for k, v in row.get("spearman", {}).items() if v == v}

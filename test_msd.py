@@ -865,13 +865,17 @@ def library_tokenizer(kind, texts):
     return t
 
 
-@pytest.mark.parametrize("kind", ["Unigram", "BPE", "byte-BPE", "WordPiece"])
+@pytest.mark.parametrize("kind", ["Unigram", "Unigram-bare", "BPE", "byte-BPE", "WordPiece"])
 def test_vocabulary_cut_to_a_text(kind, tmp_path):
     """The pieces a text uses most; what it cuts as before has the same vectors, to the bit."""
     files = [demo.DEMO / f"{x}.txt" for x in ("en", "de", "tr", "ar")]
     lines = [line for f in files for line in f.read_text("utf-8").splitlines()]
-    old = data.train_tokenizer(lines, 400, True) if kind == "Unigram" else None
-    old = old or library_tokenizer(kind, lines)
+    if "Unigram" in kind:
+        raw = json.loads(data.train_tokenizer(lines, 400, True).to_str())
+        raw["model"]["unk_id"] = None if kind == "Unigram-bare" else raw["model"]["unk_id"]
+        old = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    else:
+        old = library_tokenizer(kind, lines)
     m = tiny(old)
     size = len(data.always_kept(old, len(old.get_vocab()))) + 60
     counts = np.bincount(m.tokenize(lines[:80])[0], minlength=m.config.vocab_size)
@@ -2338,6 +2342,9 @@ def test_export_command_and_card(world, finished, tmp_path):
     assert (
         head["language"] == ["de", "en", "no"] and head["library_name"] == "sentence-transformers"
     )
+    for i, foreign in enumerate(("[1]", '{"rows": []}', "{")):  # another program's results.json
+        write(tmp_path / "results.json", foreign)
+        M.export(tmp_path / "student", tmp_path / f"out{i}")
 
 
 # --------------------------------------------------------- what people bring: models, text,
