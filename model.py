@@ -532,9 +532,6 @@ def pool(x, mask, how):
 
 
 # ------------------------------------------------------------------------------------ the encoder
-LENGTH_STEP = {"cpu": 1, "cuda": 8}  # tokens; a mask whose rows are no multiple of 8 is copied, too
-
-
 class Encoder(nn.Module):
     """Sentences to vectors: embedding block, K layers applied R times, pooling."""
 
@@ -591,15 +588,9 @@ class Encoder(nn.Module):
             lengths.append(np.fromiter(map(len, ids), np.int64))
         return np.concatenate(flat), np.cumsum(np.concatenate(lengths))
 
-    def padded(self, length):
-        """The length to which a batch is padded; in steps, so that a GPU meets few shapes."""
-        step = LENGTH_STEP[self.device.type]
-        return min(-(-length // step) * step, self.config.max_seq_length)
-
     def batch(self, flat, starts, rows):
         """Rows of a flat token store -> ids and mask, (N, T) each, on this device."""
-        length = self.padded(int((starts[rows + 1] - starts[rows]).max()))
-        ids, mask = pad(flat, starts, rows, self.config.pad_token_id, length)
+        ids, mask = pad(flat, starts, rows, self.config.pad_token_id)
         return put(ids, self.device), put(mask, self.device)
 
     @torch.inference_mode()
@@ -618,7 +609,7 @@ class Encoder(nn.Module):
         width = self.config.width if layers else self.config.hidden_size
         out = torch.empty(len(lengths), width, device=self.device)
         while i < len(order):
-            rows = order[i : i + max(1, budget // self.padded(int(lengths[order[i]])))]
+            rows = order[i : i + max(1, budget // int(lengths[order[i]]))]
             out[put(rows, self.device)] = self(*self.batch(flat, starts, rows), layers)
             i += len(rows)
             if progress:
@@ -665,10 +656,10 @@ class Encoder(nn.Module):
         write_safetensors(Path(folder, "model.safetensors"), tensors)
 
 
-def pad(flat, starts, rows, pad_id, length):
-    """Rows of a flat token store -> ids (N, length) int64 and mask, bool, without a loop."""
+def pad(flat, starts, rows, pad_id):
+    """Rows of a flat token store -> ids (N, T) int64 and mask (N, T) bool, without a loop."""
     start, n = starts[rows], starts[rows + 1] - starts[rows]  # (N,)
-    t = np.arange(length)
+    t = np.arange(max(int(n.max()), 1))
     mask = t < n[:, None]  # (N, T)
     ids = np.full(mask.shape, pad_id, np.int64)
     ids[mask] = flat[(start[:, None] + t)[mask]]

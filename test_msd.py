@@ -258,20 +258,6 @@ def test_fast_paths_equal_plain_ones(tokenizer):
     assert gap < 1e-3, f"bfloat16 differs by a cosine of {gap}"
 
 
-def test_a_gpu_would_meet_few_shapes(tokenizer, monkeypatch):
-    """Lengths in steps of 8, as on CUDA, give the same vectors in a few shapes."""
-    m, shapes = tiny(tokenizer), []
-    m.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-    sentences = m.tokenize([" ".join(["katze"] * (i % 45)) for i in range(900)])
-    plain = m.embed(*sentences, budget=256)
-    every = set(shapes)
-    shapes.clear()
-    monkeypatch.setitem(M.LENGTH_STEP, "cpu", 8)
-    gap = np.abs(m.embed(*sentences, budget=256) - plain).max()
-    assert gap < 1e-5, f"padding in steps differs by {gap}"
-    assert len(set(shapes)) <= 8 < len(every) and all(t % 8 == 0 for _, t in shapes), shapes
-
-
 def test_poolings(tokenizer):
     x, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
     rows = [x[0], x[1, :2]]
