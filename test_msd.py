@@ -1669,29 +1669,6 @@ def test_optimizer_and_fit(tokenizer, tmp_path):
     assert log[0]["norm"] > 1e6 and (kept[3.0]).abs().max() < 0.1
 
 
-def test_sparse_embedding_gradient_is_the_dense_one(tokenizer):
-    """Sparse rows, clipping and AdamW in place: to rounding the weights of the plain path, over
-    steps that touch other rows."""
-    models = [tiny(tokenizer, std=0.1).train() for _ in range(2)]
-    for m, sparse in zip(models, (True, False)):
-        m.embeddings.word.sparse, optimizer = sparse, train.make_optimizer(m, 1e-2)
-        table = torch.zeros_like(m.embeddings.word.weight) if sparse else None
-        for step in range(6):
-            seed = torch.Generator().manual_seed(step)
-            ids = torch.randint(1, 40, (5, 9), generator=seed) + 30 * step  # some are pads
-            optimizer.zero_grad()
-            (100 * m(ids, ids != 1).square().sum()).backward()
-            assert m.embeddings.word.weight.grad.is_sparse == sparse
-            if sparse:
-                norm = train.clip_gradients(m, 1.0, table)
-            else:
-                norm = torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
-            optimizer.step()
-            assert norm > 1
-    for (k, a), b in zip(models[0].named_parameters(), models[1].parameters()):
-        assert (a - b).abs().max() < 1e-5, (k, (a - b).abs().max())
-
-
 def test_evaluate_by_hand():
     class Fixed:
         def encode(self, texts, normalize=None):

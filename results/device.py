@@ -69,7 +69,7 @@ def training(folder, pairs, size, seconds=20):
         sides = [M.pad(*side, rows, model.config.pad_token_id) for side in tokens]
         s, t = (tuple(M.put(a, model.device) for a in side) for side in sides)
         sum(msd.stage_loss(1, model, s, t, target).values()).backward()
-        train.clip_gradients(model, msd.CLIP)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), msd.CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         shapes |= {side[0].shape for side in sides}
