@@ -2521,6 +2521,18 @@ def test_lines_that_are_suspicious(tmp_path):
     pairs = list(data.read_pairs(write(tmp_path / "a.tsv", GOOD * 3 + odd), r))
     assert (r["same"], r["quoted"], len(pairs)) == (1, 1, 902)
     assert r["bad"] == {"a character that is no text": 4}
+    told = list(data.build_corpus([tmp_path / "a.tsv"], tmp_path / "cache").describe(906))
+    assert told[0] == (
+        "data: 1 files, 906 lines = 902 pairs + 0 too long + 0 blank + 0 headers + 4 malformed; "
+        "603 distinct sentences, 66.5% of the pairs are repeated"
+    )
+    assert told[1] == "  1 files reach --max-lines 906; lines beyond it are not read"
+    assert told[2].startswith("  0.1%: both sides are equal, such as ") and ":901: 'same" in told[2]
+    assert "both sides are in quotes" in told[3] and ":903: a character that" in told[4]
+    assert len(told) == 5
+    same = write(tmp_path / "a.tsv", GOOD + "same\tsame\n" * 20)
+    told = list(data.build_corpus([same], tmp_path / "cache").describe(906))
+    assert told[1].startswith("  warning: 6.2%: both sides are equal, such as ")
     three = "".join(f"a {i}\tb {i}\tc {i}\td\n" for i in range(50))
     with pytest.raises(M.InputError, match=r"It has 4 columns; keep two: zcat .* cut -f1,2"):
         list(data.read_pairs(write(tmp_path / "b.tsv.gz", gzip.compress(three.encode())), {}))

@@ -653,8 +653,10 @@ def read_inputs(run):
     with run.first():
         run.corpus = build(paths["train"], extra=paths["extra"], max_lines=max(args.max_lines))
         run.dev = build(paths["dev"]) if paths["dev"] else None
-    describe_corpus(run)
-    describe_teacher(run)
+    for line in run.corpus.describe(max(args.max_lines)):
+        run.say(line)
+    run.log(data=run.corpus.report)
+    look_at_teacher(run)
 
 
 def start_assistant(run):
@@ -698,51 +700,22 @@ def start_student(run, assistant_folder):
     return msd.make_student(assistant, *sizes, args.init, args.seed, counts)
 
 
-def describe_corpus(run):
-    """What was read and what was dropped, with totals that add up."""
-    corpus, reports = run.corpus, run.corpus.report
-    kinds = ("lines", "kept", "long", "blank", "header", "same", "quoted")
-    total = {k: sum(r[k] for r in reports) for k in kinds}
-    bad = sum(sum(r["bad"].values()) for r in reports)
-    twice = len(corpus.pairs) - len(np.unique(corpus.pairs.view(np.uint64)))
-    run.say(
-        f"data: {len(reports)} files, {total['lines']:,} lines = {total['kept']:,} pairs + "
-        f"{total['long']:,} too long + {total['blank']:,} blank + {total['header']:,} headers + "
-        f"{bad:,} malformed; {len(corpus.first):,} distinct sentences, {twice / total['kept']:.1%} "
-        "of the pairs are repeated"
-    )
-    most = max(run.args.max_lines)
-    if cut := sum(r["lines"] >= most for r in reports):
-        run.say(f"  {cut} files reach --max-lines {most:,}; lines beyond it are not read")
-    examples = {}  # the first of each kind
-    for r in reversed(reports):
-        examples |= r["examples"]
-    for kind, what in (("same", "both sides are equal"), ("quoted", "both sides are in quotes")):
-        if found := examples.pop(kind, None):
-            share = total[kind] / total["kept"]
-            sign = "warning: " if share > 0.03 else ""
-            run.say(f"  {sign}{share:.1%}: {what}, such as {found}")
-    for example in list(examples.values())[:3]:
-        run.say(f"  dropped {example}")
-    run.log(data=reports, distinct=len(corpus.first), repeated=twice)
-
-
-def describe_teacher(run):
+def look_at_teacher(run):
     """A look at the teacher before hours of training on it."""
     teacher, corpus = run.load(run.teacher), run.corpus
     ids = np.random.default_rng(0).permutation(np.unique(corpus.pairs[:, 0]))[:4000]
     flat, starts = teacher.tokenize(corpus.texts(np.sort(ids)))
     progress = M.meter("a look at the teacher", run.say)
-    seen = describe_vectors(teacher.embed(flat, starts, progress=progress))
-    seen["truncated"] = float((np.diff(starts) >= teacher.config.max_seq_length).mean())
+    look = describe_vectors(teacher.embed(flat, starts, progress=progress))
+    look["truncated"] = float((np.diff(starts) >= teacher.config.max_seq_length).mean())
+    run.log(teacher=look)
     run.say(
-        f"teacher: width {seen['width']}, mean norm {seen['norm']:.3f}, mean cosine of different "
-        f"sentences {seen['cosine']:.3f}, {seen['truncated']:.1%} truncated; MSE of the best "
-        f"constant guess {seen['constant_mse']:.5f}: a loss near it has learnt nothing"
+        "teacher: width {width}, mean norm {norm:.3f}, mean cosine of different sentences "
+        "{cosine:.3f}, {truncated:.1%} truncated; MSE of the best constant guess "
+        "{constant_mse:.5f}: a loss near it has learnt nothing".format(**look)
     )
-    if seen["cosine"] > 0.8:
+    if look["cosine"] > 0.8:
         run.say("  warning: all sentences look alike to this teacher; is it the right pooling?")
-    run.log(teacher=seen)
 
 
 def describe_vectors(v):
