@@ -309,7 +309,8 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
     readings = {math.ceil(steps * (i + 1) / EVALS) for i in range(EVALS)} if dev_loss else ()
     for step in range(training.restore(), steps):
         run.busy = True  # a signal now waits for the end of the step
-        torch.manual_seed(seed_of(run, name, step))  # dropout
+        seed = data.digest(run.args.seed, name, step, run.rank)  # of dropout
+        torch.manual_seed(int(seed[:15], 16))
         for group in optimizer.param_groups:
             group["lr"] = lr * rate_at(step, steps)
 
@@ -339,12 +340,6 @@ def rate_at(step, steps):
     """Learning rate as a share of its peak: linear up over WARMUP of the steps, then to 0."""
     w = msd.WARMUP * steps
     return (step + 1) / (w + 1) if step < w else (steps - step) / (steps - w)
-
-
-def seed_of(run, name, step):
-    """The seed of what is random in a step: a function of --seed, stage, step and process."""
-    process = [run.rank] * (run.rank > 0)
-    return int.from_bytes(data.digest(run.args.seed, name, step, *process).encode()[:7], "little")
 
 
 def make_optimizer(model, lr):
