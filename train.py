@@ -305,7 +305,7 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
     """
     model.train()
     optimizer = make_optimizer(model, lr)
-    training = Training(run, name, model, optimizer, steps)
+    training = Training(run, name, model, optimizer, steps, loss_at)
     readings = {math.ceil(steps * (i + 1) / EVALS) for i in range(EVALS)} if dev_loss else ()
     for step in range(training.restore(), steps):
         run.busy = True  # a signal now waits for the end of the step
@@ -315,7 +315,7 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
             group["lr"] = lr * rate_at(step, steps)
 
         terms, tokens, _ = loss_at(step)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         sum(terms.values()).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), msd.CLIP)
         optimizer.step()
@@ -325,15 +325,12 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
             training.choose(step, dev_loss())
         due = time.monotonic() - training.saved > SAVE_SECONDS and step + 1 < steps
         stop, due = run.reduce(dist.ReduceOp.MAX, run.stop, due)
-        if stop or due or step + 1 in readings or model.device.type == "cpu":
-            training.check(loss_at)
         if stop or due:
             training.save(step + 1)
         run.busy = False
         if stop:  # a signal that comes during a save is seen one step later
             raise Stop(128 + int(stop))
     training.finish()
-    return model
 
 
 def rate_at(step, steps):
@@ -358,8 +355,9 @@ class Training:
     seconds spent; no generator state, as every random draw depends on seed, stage and step.
     """
 
-    def __init__(self, run, name, model, optimizer, steps):
+    def __init__(self, run, name, model, optimizer, steps, loss_at):
         self.run, self.name, self.optimizer, self.steps = run, name, optimizer, steps
+        self.loss_at = loss_at
         self.file, self.best_loss = run.out / "checkpoint.safetensors", math.inf
         self.weights = [q.detach() for q in model.parameters()]
         self.best = [v.clone() for v in self.weights]
@@ -377,11 +375,11 @@ class Training:
 
     def save(self, step):
         """Write the checkpoint: the first process does, and nobody goes on before it has."""
-        numbers = {"step": step, "best": self.best_loss, "seconds": self.seconds()}
-        meta = {"stage": self.name, **{k: repr(v) for k, v in numbers.items()}}
+        self.check()
+        meta = {"stage": self.name, "step": step, "best": self.best_loss, "seconds": self.seconds()}
         with self.run.first() as mine:
             if mine:
-                M.write_safetensors(self.file, self.tensors, meta)
+                M.write_safetensors(self.file, self.tensors, {k: str(v) for k, v in meta.items()})
         self.saved = time.monotonic()
 
     def restore(self):
@@ -389,13 +387,12 @@ class Training:
         tensors, meta = M.read_safetensors(self.file, copy=True) if self.file.exists() else ({}, {})
         step = 0
         if meta.get("stage") == self.name:
-            fits = {k: v.shape for k, v in tensors.items()}
-            fits = fits == {k: v.shape for k, v in self.tensors.items()}
-            need(fits, f"{self.file}: a damaged checkpoint; delete it to begin {self.name} again")
-            for k, v in self.tensors.items():
-                v.copy_(tensors[k])
-            step, self.best_loss = int(meta["step"]), float(meta["best"])
-            self.begun -= float(meta["seconds"])
+            fix = f"; delete it to begin {self.name} again"
+            with M.reading(self.file, "a whole checkpoint", fix):
+                for k, v in self.tensors.items():
+                    v.copy_(tensors[k])
+                step, self.best_loss = int(meta["step"]), float(meta["best"])
+                self.begun -= float(meta["seconds"])
             self.run.say(f"{self.name}: continues at step {step} of {self.steps}")
         if self.run.rank == 0:  # the log forgets what came after the checkpoint
             log = read_log(self.run.out)
@@ -421,6 +418,7 @@ class Training:
         speed = round(self.tokens / max(now - self.logged, 1e-9))
         self.run.log(stage=self.name, step=step, **entry, tokens_per_s=speed)
         self.tokens, self.logged = 0, now
+        self.check()
         if now - self.shown > 5 or done == self.steps:
             left = datetime.timedelta(seconds=round(self.seconds() / done * (self.steps - done)))
             shown = "  ".join(f"{k} {v:.4g}" for k, v in entry.items())
@@ -428,10 +426,10 @@ class Training:
             self.run.say(f"{self.name}  step {done}/{self.steps}  {shown}")
             self.shown = now
 
-    def check(self, loss_at):
+    def check(self):
         """Raises: Stop if a loss was not finite, before anything is saved over."""
         if (bad := int(self.broken)) >= 0:
-            pairs = list(map(int, loss_at(bad)[2][:16]))
+            pairs = list(map(int, self.loss_at(bad)[2][:16]))
             good = self.file if self.file.exists() else "none yet"
             what = f"the loss or the gradient norm is not finite; batch {pairs}..."
             fix = f"The last good checkpoint is {good}; --lr may be too high"
@@ -439,6 +437,7 @@ class Training:
 
     def choose(self, step, loss):
         """Keep the weights if this dev loss is the best so far."""
+        self.check()
         self.run.log(stage=self.name, step=step, dev=loss)
         if loss < self.best_loss:
             self.best_loss = loss
@@ -446,11 +445,11 @@ class Training:
 
     def finish(self):
         """Leave the best weights in the model, if dev chose any."""
-        best, seconds = None, round(self.seconds(), 1)
-        if self.best_loss != math.inf:
-            best = self.best_loss
+        chosen = self.best_loss < math.inf
+        if chosen:
             torch._foreach_copy_(self.weights, self.best)
-        self.run.log(stage=self.name, done=True, steps=self.steps, seconds=seconds, best_dev=best)
+        done = {"done": True, "steps": self.steps, "seconds": round(self.seconds(), 1)}
+        self.run.log(stage=self.name, **done, best_dev=self.best_loss if chosen else None)
 
 
 def read_log(folder):
@@ -460,7 +459,7 @@ def read_log(folder):
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
-    return [e for e in entries if isinstance(e, dict) and isinstance(e.get("step", 0), int)]
+    return entries
 
 
 # ------------------------------------------------------------------------------------- the stages
