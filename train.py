@@ -18,7 +18,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import model as M
@@ -43,15 +43,6 @@ except ImportError:  # Windows: two commands in one folder are then not noticed
 
 SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
 EVALS = 4  # dev readings a stage; the best one's weights are kept
-
-
-class Stop(Exception):
-    """The run ends before its end: a signal, or a loss that is not finite. code: exit status."""
-
-    def __init__(self, code, message="stopped; the same command continues here"):
-        super().__init__(message)
-        self.code = code
-
 
 # -------------------------------------------------------------------------------------- arguments
 # What may differ between a run and its continuation; another device draws other dropout masks.
@@ -178,21 +169,18 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out, self.stop, self.busy = args, args.out, 0, False
-        self.world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-        self.rank, self.group = 0, None
+        self.rank = int(os.environ.get("RANK", 0))  # torchrun's
+        self.world, self.group = int(os.environ.get("WORLD_SIZE", 1)), None
         # Where the last model is there, only the table is missing; what came before may be gone.
         self.trained = Path(args.out, "assistant" if args.stages == [1] else "student").exists()
         if self.world > 1:
-            if not dist.is_initialized():
-                dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
             # The processes wait for the first one, which may take hours over targets, in a group of
             # their own: with NCCL's short patience kept, one that dies is noticed on a GPU, too.
             day = datetime.timedelta(days=1)
-            self.rank, self.group = dist.get_rank(), dist.new_group(backend="gloo", timeout=day)
+            self.group = dist.new_group(backend="gloo", timeout=day)
         dtype, why = (args.dtype, "asked for") if args.dtype else M.best_dtype(args.device)
         args.dtype = str(dtype).removeprefix("torch.")
-        plain = json.dumps({k: v for k, v in vars(args).items() if k not in FREE})
-        self.settings = json.loads(plain)  # all arguments that the result depends on
         where = f"device {args.device}, {args.dtype} ({why}), {torch.get_num_threads()} threads"
         what = f"{args.preset}, stages {args.stages}, seed {args.seed}, folder {self.out}"
         self.say(f"{where}, {self.world} processes; {what}")
@@ -226,7 +214,13 @@ class Run:
         """In a step: finish it, save, leave. Elsewhere leave at once: nothing is half-written."""
         self.stop = number
         if not self.busy:
-            raise Stop(128 + number)
+            self.leave(128 + number)
+
+    def leave(self, code, why="stopped; the same command continues here"):
+        """End before the end: a signal, or a loss that is not finite. code: the exit status."""
+        if self.rank == 0:
+            print(why, file=sys.stderr)
+        sys.exit(code)
 
     def build(self, folder, make, *args):
         """The folder of a model, make(run, *args), which the first process saves if it is not
@@ -269,21 +263,21 @@ def take(folder):
 def same_run(run):
     """What this run is, by arguments and content of files. Raises: InputError if it began as
     another, with both values."""
-    args, file, now = run.args, run.out / "run.json", dict(run.settings)
+    args, file = run.args, run.out / "run.json"
+    now = {k: v for k, v in vars(args).items() if k not in FREE}
     inside = [f"{glob.escape(args.sts)}/*"] if args.sts else []
     files = {"train": args.train, "extra": args.extra, "dev": args.dev, "sts": inside}
     for flag, patterns in files.items():
         now[f"content of --{flag}"] = data.digest(*expand(patterns, f"--{flag}"))
     for flag, folder in (("teacher", args.teacher), ("assistant", args.assistant)):
         now[f"content of --{flag}"] = fingerprint(folder) if folder else None
+    now = json.loads(json.dumps(now))  # as a file gives it back
     before = M.read_json(file) if file.exists() else now
-    other = "choose another --out, or delete this folder to start over"
     for key in sorted(now | before):
-        known = key in before and key in now
-        need(known, f"{run.out}: started by another version of this code ({key}); {other}")
-        was, same = f"started with {key} {before[key]!r}", now[key] == before[key]
-        fix = f"Give the old value to continue, {other}"
-        need(same, f"{run.out}: this run was {was}, now it is {now[key]!r}. {fix}")
+        was, new = (repr(x.get(key, "nothing, in another version")) for x in (before, now))
+        began = f"{run.out}: this run was started with {key} {was}, now it is {new}"
+        fix = "Give the old value to continue, choose another --out, or delete this folder"
+        need(was == new, f"{began}. {fix} to start over")
     return now
 
 
@@ -301,7 +295,7 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
 
     loss_at(step): (loss terms by name, tokens, pair numbers), a pure function of the step.
     dev_loss(): the loss to choose by. A continued run gives the same bits. Of several processes all
-    do the same. Raises: Stop at a signal, after a save, and at a loss that is not finite.
+    do the same. Leaves at a signal, after a save, and at a loss that is not finite.
     """
     model.train()
     optimizer = make_optimizer(model, lr)
@@ -329,7 +323,7 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
             training.save(step + 1)
         run.busy = False
         if stop:  # a signal that comes during a save is seen one step later
-            raise Stop(128 + int(stop))
+            run.leave(128 + int(stop))
     training.finish()
 
 
@@ -427,13 +421,13 @@ class Training:
             self.shown = now
 
     def check(self):
-        """Raises: Stop if a loss was not finite, before anything is saved over."""
+        """Leave if a loss was not finite, before anything is saved over."""
         if (bad := int(self.broken)) >= 0:
             pairs = list(map(int, self.loss_at(bad)[2][:16]))
             good = self.file if self.file.exists() else "none yet"
             what = f"the loss or the gradient norm is not finite; batch {pairs}..."
             fix = f"The last good checkpoint is {good}; --lr may be too high"
-            raise Stop(1, f"{self.name}, step {bad}: {what} {fix}")
+            self.run.leave(1, f"{self.name}, step {bad}: {what} {fix}")
 
     def choose(self, step, loss):
         """Keep the weights if this dev loss is the best so far."""
@@ -498,8 +492,7 @@ def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
     """
     args, row, pairs = run.args, msd.STAGES[stage], corpus.pairs[rows]  # (n, 2)
     with run.first():
-        progress = M.meter("tokens", run.say)
-        flat, starts = data.tokens(corpus, model, args.cache, progress)
+        flat, starts = data.tokens(corpus, model, args.cache, M.meter("tokens", run.say))
     lengths = np.diff(starts)[pairs]  # (n, 2)
 
     @functools.lru_cache(1)
@@ -508,7 +501,7 @@ def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
         return data.batch_order(lengths.max(1), args.batch[stage - 1], seed)
 
     first = batches(0)
-    steps = max(1, math.ceil((epochs or 1) * len(first)))
+    steps = math.ceil((epochs or 1) * len(first))
     seen = pairs[np.concatenate(first[:steps])]  # (m, 2)
     ids = np.unique(seen if row.own else seen[:, 0])
     name, progress = fingerprint(source), M.meter(f"targets of stage {stage}", run.say)
@@ -517,8 +510,7 @@ def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
         stored = data.vectors(corpus, ids, encoder, name, args.cache, row.layers, progress)
     live = model  # what training calls
     if epochs and run.world > 1:  # averages the gradients over the processes
-        wrap = torch.nn.parallel.DistributedDataParallel
-        live = wrap(model, gradient_as_bucket_view=True)
+        live = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def tokens(sentences):
         ids, mask = M.pad(flat, starts, sentences, model.config.pad_token_id)  # (N, T)
@@ -575,7 +567,7 @@ def share_of(run, n):
 
 
 # ----------------------------------------------------------------------------------- the pipeline
-def pipeline(run, identity):
+def pipeline(run):
     """The paper's figure: teacher, assistant, student's start, stages 2, 3 and 4, then the table.
 
     Each step is skipped where its folder is there: the same command continues a run.
@@ -584,7 +576,7 @@ def pipeline(run, identity):
     read_inputs(run)
     if run.rank == 0 and not (out / "run.json").exists():  # a mistyped path leaves nothing behind
         with M.atomic(out / "run.json") as tmp:
-            tmp.write_text(json.dumps(identity, indent=1), "utf-8")
+            tmp.write_text(json.dumps(run.identity, indent=1), "utf-8")
     models = {"teacher": run.teacher}  # by row of the table
 
     # The assistant: given, or the teacher's body with a new vocabulary; stage 1 trains it.
@@ -617,40 +609,45 @@ def read_inputs(run):
 
     Raises: InputError for sizes that do not fit, before any work.
     """
-    args, made = run.args, run.out / "data"  # of the built-in corpus
-    files = {"train": args.train, "extra": args.extra, "dev": args.dev}
-    run.teacher, sts = Path(args.teacher or run.out / "teacher"), args.sts
-    config = run.load(args.teacher).config if args.teacher else demo.TEACHER
-    given = run.load(args.assistant) if args.assistant else None
-    body = given.config if given else config
-    if args.keep_vocab:
-        data.always_kept(given.tokenizer, args.keep_vocab)
-    widths = f"vectors of width {body.width}, the teacher {run.teacher} has {config.width}"
-    same = body.width == config.width
-    need(same, f"{args.assistant}: {widths}; they are compared, so the widths must match")
+    args, run.teacher = run.args, Path(run.args.teacher or run.out / "teacher")
+    body = teacher = run.load(args.teacher).config if args.teacher else demo.TEACHER
+    if args.assistant:
+        given = run.load(args.assistant)
+        body = given.config
+        if args.keep_vocab:
+            data.always_kept(given.tokenizer, args.keep_vocab)
+        widths = f"vectors of width {body.width}, the teacher {run.teacher} has {teacher.width}"
+        fix = "they are compared, so the widths must match"
+        need(body.width == teacher.width, f"{args.assistant}: {widths}; {fix}")
     if args.stages != [1]:
         msd.check_sizes(body, args.bottleneck, args.layers, args.recurrence)
     if not args.train:
-        with run.first():
-            if not made.exists():
-                demo.write_demo(made)
-        files |= {x: [str(made / x / "en-*.tsv")] for x in ("train", "dev")}
-        sts = made / "sts"
-        if not run.teacher.exists():  # the stand-in for a real one
-            scored, dtype = data.read_sts(made / "sts-train")["en-en"], getattr(torch, args.dtype)
-            model, loss_at = demo.teacher(scored, args.seed, dtype, args.device)
-            fit(run, "teacher", model, demo.TEACHER_STEPS, demo.TEACHER_LR, loss_at)
-            run.build(run.teacher, lambda _: model)
-    run.sts = data.read_sts(sts) if sts else {}
-    paths = {flag: expand(patterns, f"--{flag}") for flag, patterns in files.items()}
-    build = functools.partial(data.build_corpus, cache=args.cache, max_chars=args.max_chars)
+        make_demo(run)
+    run.sts = data.read_sts(args.sts) if args.sts else {}
+    train, extra, dev = (expand(getattr(args, x), f"--{x}") for x in ("train", "extra", "dev"))
     with run.first():
-        run.corpus = build(paths["train"], extra=paths["extra"], max_lines=max(args.max_lines))
-        run.dev = build(paths["dev"]) if paths["dev"] else None
+        most = max(args.max_lines)
+        run.corpus = data.build_corpus(train, args.cache, extra, args.max_chars, most)
+        run.dev = data.build_corpus(dev, args.cache, (), args.max_chars) if dev else None
     for line in run.corpus.describe(max(args.max_lines)):
         run.say(line)
     run.log(data=run.corpus.report)
     look_at_teacher(run)
+
+
+def make_demo(run):
+    """The built-in corpus as files of the run, which they then are given, and its teacher."""
+    args, made = run.args, run.out / "data"
+    with run.first():
+        if not made.exists():
+            demo.write_demo(made)
+    args.train, args.dev = ([str(made / x / "en-*.tsv")] for x in ("train", "dev"))
+    args.sts = made / "sts"
+    if not run.teacher.exists():  # the stand-in for a real one
+        scored, dtype = data.read_sts(made / "sts-train")["en-en"], getattr(torch, args.dtype)
+        model, loss_at = demo.teacher(scored, args.seed, dtype, args.device)
+        fit(run, "teacher", model, demo.TEACHER_STEPS, demo.TEACHER_LR, loss_at)
+        run.build(run.teacher, lambda _: model)
 
 
 def start_assistant(run):
@@ -764,7 +761,7 @@ def retrieval(x, y, block=1024):
         n = 0
         for i in range(0, len(a), block):
             sims = a[i : i + block] @ b.T  # (block, n)
-            right = sims[np.arange(len(sims)), np.arange(i, i + len(sims))]
+            right = sims.diagonal(i)  # of x[i] with y[i]
             n += int(((sims >= right[:, None]).sum(1) == 1).sum())
         return 100 * n / len(a)
 
@@ -853,22 +850,26 @@ def dev_pairs(dev):
 
 def circumstances(run):
     """What results.json says of how a run was made; file names without folders."""
-    args, given, entries = run.args, dict(run.settings), read_log(run.out)
+    given, log = dict(run.identity), read_log(run.out)
     for k in ("train", "extra", "dev"):
         given[k] = [Path(x).name for x in given[k]]
     for k in ("teacher", "assistant", "sts"):
         given[k] = given[k] and Path(given[k]).name
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    there = shutil.which("git")
-    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() if there else ""
-    done = [e for e in entries if e.get("done") and "stage" in e]
-    look = next(e["teacher"] for e in reversed(entries) if "teacher" in e)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}"
-    versions = {m.__name__: m.__version__ for m in (torch, tokenizers, np)}
-    made = {"stages": done, "teacher_look": look, "arguments": given, "seed": args.seed}
-    made |= {"git": revision or None, "dtype": args.dtype, "threads": torch.get_num_threads()}
-    made |= {"processes": run.world, "machine": machine, "python": platform.python_version()}
-    return {**made, "versions": versions}
+    git = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
+    revision = subprocess.run("git describe --always --dirty", **git).stdout.strip()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {run.args.device}"
+    return {
+        "stages": [e for e in log if e.get("done")],
+        "teacher_look": [e["teacher"] for e in log if "teacher" in e][-1],
+        "arguments": given,
+        "seed": given["seed"],
+        "dtype": given["dtype"],
+        "threads": torch.get_num_threads(),
+        "processes": run.world,
+        "machine": machine,
+        "git": revision or None,
+        "versions": {m.__name__: m.__version__ for m in (torch, tokenizers, np)},
+    }
 
 
 def print_table(results):
@@ -921,9 +922,9 @@ def execute(args):
     keep_memory()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
-    identity = same_run(run)
+    run.identity = same_run(run)
     if not file.exists():
-        return pipeline(run, identity)
+        return pipeline(run)
     run.say("this run is finished; without its results.json the same command evaluates it again")
     try:
         return run.rank == 0 and print_table(M.read_json(file))
@@ -935,10 +936,6 @@ def execute(args):
 def main(argv=None):
     try:
         execute(parse(argv))
-    except Stop as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(e, file=sys.stderr)
-        sys.exit(e.code)
     except RuntimeError as e:
         lost = isinstance(e, dist.DistError) or "gloo" in str(e)  # it has no class of its own
         if not (lost and dist.is_initialized()):
