@@ -833,7 +833,7 @@ def finish(run, models):
     M.delete(run.out / "checkpoint.safetensors")
     if not run.args.keep:
         M.delete(run.out / "stages")
-    print_table(results)
+    run.say(table(results))
 
 
 def dev_pairs(dev):
@@ -872,8 +872,8 @@ def circumstances(run):
     }
 
 
-def print_table(results):
-    """The whole story of a run, from its results.json."""
+def table(results):
+    """The whole story of a run as text, from its results.json."""
     rows, scores, dev, sizes = results["rows"], {}, {}, {}
     names = list(rows["assistant"]["spearman"])
     for label, row in rows.items():
@@ -887,30 +887,32 @@ def print_table(results):
             total = row["sizes"]["total"]
             share = total / rows["assistant"]["sizes"]["total"]
             sizes[label.split(",")[0]] = *row["sizes"].values(), total * 4 / 2**20, share
-    show(["Spearman x 100", *names, "mono", "cross", "all"], [".1f"] * (len(names) + 3), scores)
+    heads = ["Spearman x 100", *names, "mono", "cross", "all"]
+    lines = aligned(heads, [".1f"] * (len(names) + 3), scores)
     heads = ["dev pairs, mean of languages", "en->xx", "xx->en", "100 MSE en", "100 MSE xx"]
-    show(heads, [".1f", ".1f", ".3f", ".3f"], dev)
+    lines += aligned(heads, [".1f", ".1f", ".3f", ".3f"], dev)
     heads = ["parameters", "embedding", "layers", "other", "total", "MB f32", "of assistant"]
-    show(heads, [",", ",", ",", ",", ".1f", ".1%"], sizes)
+    lines += aligned(heads, [",", ",", ",", ",", ".1f", ".1%"], sizes)
     if results["bootstrap"]:
         known = [(k, *v) for k, v in results["bootstrap"].items() if not math.isnan(v[0])]
         bounds = ", ".join(f"{k} {d:+.1f} ({low:+.1f} to {high:+.1f})" for k, d, low, high in known)
-        print(f"\nstudent - assistant, with 95 % of paired resamples: {bounds}")
+        lines += ["", f"student - assistant, with 95 % of paired resamples: {bounds}"]
     seconds = ", ".join(f"{e['stage']} {e['seconds']:.0f} s" for e in results["stages"])
     how = f"{results['dtype']}, {results['threads']} threads, seed {results['seed']}"
-    print(f"\n{seconds}; {how}", flush=True)
+    return "\n".join([*lines, "", f"{seconds}; {how}"])
 
 
-def show(heads, formats, rows):
-    """Print a table: rows {label: values}, under heads, the labels' first; nan as "-"."""
-    lines = [heads]
+def aligned(heads, formats, rows):
+    """Lines of a table: rows {label: values}, under heads, the labels' first; nan as "-"."""
+    cells = [heads]
     for label, values in rows.items():
-        cells = zip(values, formats)
-        lines.append([label, *("-" if math.isnan(v) else format(v, f) for v, f in cells)])
-    widths = [max(map(len, column)) + 2 for column in zip(*lines)]
-    print()
-    for label, *cells in lines:
-        print(label.ljust(widths[0]) + "".join(c.rjust(w) for c, w in zip(cells, widths[1:])))
+        shown = ("-" if math.isnan(v) else format(v, f) for v, f in zip(values, formats))
+        cells.append([label, *shown])
+    widths = [max(map(len, column)) + 2 for column in zip(*cells)]
+    lines = [""]
+    for label, *numbers in cells:
+        lines.append(label.ljust(widths[0]) + "".join(map(str.rjust, numbers, widths[1:])))
+    return lines
 
 
 # ---------------------------------------------------------------------------------------- command
@@ -926,11 +928,9 @@ def execute(args):
     if not file.exists():
         return pipeline(run)
     run.say("this run is finished; without its results.json the same command evaluates it again")
-    try:
-        return run.rank == 0 and print_table(M.read_json(file))
-    except (KeyError, TypeError, AttributeError, ValueError):
-        fix = "damaged; delete it and run the same command to write it again"
-        raise InputError(f"{file}: {fix}") from None
+    with M.reading(file, "a run's results", "; delete it and run the same command again"):
+        text = table(M.read_json(file))
+    run.say(text)
 
 
 def main(argv=None):
