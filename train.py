@@ -850,25 +850,21 @@ def dev_pairs(dev):
 
 def circumstances(run):
     """What results.json says of how a run was made; file names without folders."""
-    given, log = dict(run.identity), read_log(run.out)
+    given = dict(run.identity)
     for k in ("train", "extra", "dev"):
         given[k] = [Path(x).name for x in given[k]]
     for k in ("teacher", "assistant", "sts"):
         given[k] = given[k] and Path(given[k]).name
     git = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
-    revision = subprocess.run("git describe --always --dirty", **git).stdout.strip()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {run.args.device}"
     return {
-        "stages": [e for e in log if e.get("done")],
-        "teacher_look": [e["teacher"] for e in log if "teacher" in e][-1],
+        "stages": [e for e in read_log(run.out) if e.get("done")],
         "arguments": given,
         "seed": given["seed"],
         "dtype": given["dtype"],
         "threads": torch.get_num_threads(),
-        "processes": run.world,
-        "machine": machine,
-        "git": revision or None,
+        "machine": f"{platform.machine()}, {run.args.device}, {run.world} processes",
         "versions": {m.__name__: m.__version__ for m in (torch, tokenizers, np)},
+        "git": subprocess.run("git describe --always --dirty", **git).stdout.strip() or None,
     }
 
 
