@@ -36,11 +36,6 @@ import msd
 from demo import corpus as demo
 from model import InputError, need, put
 
-try:
-    import fcntl
-except ImportError:  # Windows: two commands in one folder are then not noticed
-    fcntl = None
-
 SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
 EVALS = 4  # dev readings a stage; the best one's weights are kept
 
@@ -250,7 +245,9 @@ def take(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w", encoding="utf-8")
-        if fcntl:
+        with contextlib.suppress(ImportError):  # Windows: a second command goes unnoticed
+            import fcntl
+
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except BlockingIOError:
@@ -671,9 +668,8 @@ def start_cut_assistant(run):
     tokenizer, kept = data.cut_vocabulary(assistant.tokenizer, counts, args.keep_vocab)
     for language, sides in dev_pairs(run.dev).items():
         flat, _ = assistant.tokenize([t for side in sides for t in side])
-        lost = float(1 - np.isin(flat, kept).mean())
+        lost = 1 - np.isin(flat, kept).mean()
         run.say(f"vocabulary: {len(kept):,} pieces; of dev en-{language}, {lost:.2%} are cut anew")
-        run.log(language=language, pieces=len(kept), lost=lost)
     return msd.cut_assistant(assistant, tokenizer, kept)
 
 
@@ -780,8 +776,8 @@ def evaluate(model, sets, dev, dev_targets):
     for language, sides in dev.items():
         x, y = (model.encode(side, normalize=False) for side in sides)
         row["accuracy"][language] = retrieval(x, y)
-        errors = [float(np.square(v - dev_targets[language]).mean()) for v in (x, y)]
-        row["mse"][language] = [100 * e for e in errors]
+        goal = dev_targets[language]
+        row["mse"][language] = [100 * float(np.square(v - goal).mean()) for v in (x, y)]
     return row, cosines
 
 
