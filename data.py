@@ -241,6 +241,17 @@ class Corpus:
         spans = zip(self.starts[rows].tolist(), self.starts[rows + 1].tolist())
         return [str(text[a:b], "utf-8") for a, b in spans]
 
+    def by_language(self):
+        """{language: (english, translations)} by the names of the files, en-XX."""
+        pairs, end = {}, 0
+        for r in self.report:
+            m = re.search(r"en-([a-z]{2,3})\b", r["file"])
+            start, end = end, end + r["kept"]
+            sides = pairs.setdefault(m[1] if m else r["file"], ([], []))
+            for side, ids in zip(sides, self.pairs[start:end].T):
+                side.extend(self.texts(ids))
+        return {k: v for k, v in pairs.items() if v[0]}
+
     def describe(self, max_lines):
         """What was read and what was dropped, line by line, with totals that add up."""
         kinds = ("lines", "kept", "long", "blank", "header", "same", "quoted")

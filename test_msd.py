@@ -812,6 +812,8 @@ def test_corpus_store(tmp_path, tokenizer):
         ("one", "un"),
         ("three", "trois"),
     ]
+    one = ["one", "two", "one"], ["eins", "zwei", "eins"]
+    assert c.by_language() == {"de": one, "fr": (["one", "three"], ["un", "trois"])}
     assert len(c.first) == 7 and c.folder == data.build_corpus([a, b], tmp_path / "cache").folder
     assert data.build_corpus([a], tmp_path / "cache", extra=[b]).group.tolist() == [0, 0, 0, 1, 1]
     m = tiny(tokenizer)

@@ -666,7 +666,7 @@ def start_cut_assistant(run):
     args, assistant = run.args, M.load(run.args.assistant, "float32", "cpu", train=True)
     counts = piece_counts(run, assistant)
     tokenizer, kept = data.cut_vocabulary(assistant.tokenizer, counts, args.keep_vocab)
-    for language, sides in dev_pairs(run.dev).items():
+    for language, sides in run.dev.by_language().items() if run.dev else ():
         flat, _ = assistant.tokenize([t for side in sides for t in side])
         lost = 1 - np.isin(flat, kept).mean()
         run.say(f"vocabulary: {len(kept):,} pieces; of dev en-{language}, {lost:.2%} are cut anew")
@@ -810,7 +810,7 @@ def bootstrap(sets, a, b, n=1000, seed=0):
 # -------------------------------------------------------------------------------------- the table
 def finish(run, models):
     """Read the test sets, once, for models {row: folder}; write results.json, print, clear up."""
-    pairs, rows, cosines = dev_pairs(run.dev), {}, {}
+    pairs, rows, cosines = run.dev.by_language() if run.dev else {}, {}, {}
     english = {k: v for k, v in run.sts.items() if k == "en-en"}  # all the teacher is scored on
     teacher = run.load(run.teacher)
     goal = {k: teacher.encode(side, normalize=False) for k, (side, _) in pairs.items()}
@@ -830,18 +830,6 @@ def finish(run, models):
     if not run.args.keep:
         M.delete(run.out / "stages")
     run.say(table(results))
-
-
-def dev_pairs(dev):
-    """{language: (english, translations)} of the dev files, by their names, en-XX."""
-    pairs, end = {}, 0
-    for r in dev.report if dev else []:
-        m = re.search(r"en-([a-z]{2,3})\b", r["file"])
-        start, end = end, end + r["kept"]
-        sides = pairs.setdefault(m[1] if m else r["file"], ([], []))
-        for side, ids in zip(sides, dev.pairs[start:end].T):
-            side.extend(dev.texts(ids))
-    return {k: v for k, v in pairs.items() if v[0]}
 
 
 def circumstances(run):
