@@ -500,11 +500,11 @@ def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
     first = batches(0)
     steps = math.ceil((epochs or 1) * len(first))
     seen = pairs[np.concatenate(first[:steps])]  # (m, 2)
-    ids = np.unique(seen if row.own else seen[:, 0])
+    wanted = np.unique(seen if row.own else seen[:, 0])
     name, progress = fingerprint(source), M.meter(f"targets of stage {stage}", run.say)
     with run.first():
         encoder = run.load(source)
-        stored = data.vectors(corpus, ids, encoder, name, args.cache, row.layers, progress)
+        targets = data.vectors(corpus, wanted, encoder, name, args.cache, row.layers, progress)
     live = model  # what training calls
     if epochs and run.world > 1:  # averages the gradients over the processes
         live = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -514,7 +514,7 @@ def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
         return put(ids, args.device), put(mask, args.device)
 
     def target(sentences):
-        return put(stored[np.searchsorted(ids, sentences)], args.device).float()  # (N, H)
+        return put(targets[np.searchsorted(wanted, sentences)], args.device).float()  # (N, H)
 
     def terms(model, numbers, mine=slice(None), gather=None):
         s, t = pairs[numbers].T  # (N,)
@@ -650,11 +650,9 @@ def make_demo(run):
 def start_assistant(run):
     """The teacher's body with a vocabulary learnt from the training text."""
     args, corpus, teacher = run.args, run.corpus, M.load(run.teacher, "float32", "cpu", train=True)
-    normalizer = teacher.tokenizer.normalizer
-    lower = normalizer is not None and normalizer.normalize_str("A") == "a"
-    lower = lower or teacher.config.do_lower_case
+    lower_case = np.array_equal(teacher.tokenize(["A"])[0], teacher.tokenize(["a"])[0])
     run.say(f"vocabulary: learning {args.vocab:,} pieces")
-    tokenizer = data.vocabulary(corpus, args.vocab, lower, args.cache)
+    tokenizer = data.vocabulary(corpus, args.vocab, lower_case, args.cache)
     some = np.random.default_rng(0).permutation(len(corpus.pairs))[: msd.ALIGNED_PAIRS]
     run.say(f"vocabulary: its start from the alignment of {len(some):,} pairs")
     sides = (corpus.texts(side) for side in corpus.pairs[np.sort(some)].T)
