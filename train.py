@@ -4,7 +4,8 @@ A run lives in one folder. The same command again continues it, exactly, whereve
 Random, and from --seed: the order of batches, dropout, noise in a student's start, the demo's
 teacher. Samples of text (for the alignment, for dev, for a look) and the demo's corpus are fixed.
 
-    arguments  |  the run  |  the loop  |  the stages  |  the pipeline  |  evaluation  |  the table
+    arguments  |  the run  |  the loop  |  checkpoint and log  |  the stages  |  the pipeline
+    evaluation  |  the table  |  the command
 """
 
 import argparse
@@ -339,6 +340,7 @@ def make_optimizer(model, lr):
     return torch.optim.AdamW(groups, lr=lr, eps=msd.ADAM_EPS, fused=True)
 
 
+# ----------------------------------------------------------------------------- checkpoint and log
 class Training:
     """What a stage's training keeps beside the loop: its checkpoint, its log, the best weights.
 
@@ -893,7 +895,7 @@ def aligned(heads, formats, rows):
     return lines
 
 
-# ---------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------ the command
 def execute(args):
     """Run, continue or report a run in args.out."""
     run, file = Run(args), args.out / "results.json"
