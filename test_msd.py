@@ -1816,7 +1816,7 @@ except M.InputError as e:
         (["--device", "nonsense"], "is not usable here"),
         (["--device", "mps"], "is not usable here"),
         (["--layers", "9"], "--layers 9: expected 1 to 4"),
-        (["--stages", "2-4", "--assistant", "nowhere"], "nowhere: no model directory"),
+        (["--stages", "2-4", "--assistant", "nowhere"], "nowhere: no such model directory"),
     ],
 )
 def test_bad_commands(flags, message, tmp_path):

@@ -259,32 +259,30 @@ def take(folder):
 
 
 def same_run(run):
-    """What this run is, by arguments and content of files. Raises: InputError if it began as
-    another, with both values."""
+    """What this run is: its settings, and its files by name and content. Raises: InputError if it
+    began as another, with both values."""
     args, file = run.args, run.out / "run.json"
     now = {k: v for k, v in vars(args).items() if k not in FREE}
-    inside = [f"{glob.escape(args.sts)}/*"] if args.sts else []
-    files = {"train": args.train, "extra": args.extra, "dev": args.dev, "sts": inside}
-    for flag, patterns in files.items():
-        now[f"content of --{flag}"] = data.digest(*expand(patterns, f"--{flag}"))
-    for flag, folder in (("teacher", args.teacher), ("assistant", args.assistant)):
-        now[f"content of --{flag}"] = fingerprint(folder) if folder else None
+    for flag in ("train", "extra", "dev"):
+        now[flag] = [Path(pattern).name for pattern in now[flag]]
+        now[f"content of --{flag}"] = data.digest(*expand(getattr(args, flag), f"--{flag}"))
+    for flag in ("teacher", "assistant", "sts"):
+        if folder := now[flag]:
+            now[flag], now[f"content of --{flag}"] = Path(folder).name, fingerprint(folder)
     now = json.loads(json.dumps(now))  # as a file gives it back
     before = M.read_json(file) if file.exists() else now
     for key in sorted(now | before):
-        was, new = (repr(x.get(key, "nothing, in another version")) for x in (before, now))
-        began = f"{run.out}: this run was started with {key} {was}, now it is {new}"
+        was, new = before.get(key), now.get(key)
+        began = f"{run.out}: this run was started with {key} {was!r}, now it is {new!r}"
         fix = "Give the old value to continue, choose another --out, or delete this folder"
         need(was == new, f"{began}. {fix} to start over")
     return now
 
 
 def fingerprint(folder):
-    """Names a model directory by its content. Raises: InputError where there is none."""
-    files = sorted(f for x in ("safetensors", "json") for f in Path(folder).glob(f"**/*.{x}"))
-    expected = "expected config.json, tokenizer.json and model.safetensors in it"
-    need(files, f"{folder}: no model directory; {expected}")
-    return data.digest(*files)
+    """Names the models or the similarity sets in a folder by their content."""
+    kinds = ("safetensors", "json", "txt", "tsv", "gz")
+    return data.digest(*sorted(f for x in kinds for f in Path(folder).glob(f"**/*.{x}")))
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -833,18 +831,13 @@ def finish(run, models):
 
 
 def circumstances(run):
-    """What results.json says of how a run was made; file names without folders."""
-    given = dict(run.identity)
-    for k in ("train", "extra", "dev"):
-        given[k] = [Path(x).name for x in given[k]]
-    for k in ("teacher", "assistant", "sts"):
-        given[k] = given[k] and Path(given[k]).name
+    """What results.json says of how a run was made."""
     git = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
     return {
         "stages": [e for e in read_log(run.out) if e.get("done")],
-        "arguments": given,
-        "seed": given["seed"],
-        "dtype": given["dtype"],
+        "arguments": run.identity,
+        "seed": run.args.seed,
+        "dtype": run.args.dtype,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {run.args.device}, {run.world} processes",
         "versions": {m.__name__: m.__version__ for m in (torch, tokenizers, np)},
