@@ -809,12 +809,11 @@ def bootstrap(sets, a, b, n=1000, seed=0):
 def finish(run, models):
     """Read the test sets, once, for models {row: folder}; write results.json, print, clear up."""
     pairs, rows, cosines = run.dev.by_language() if run.dev else {}, {}, {}
-    english = {k: v for k, v in run.sts.items() if k == "en-en"}  # all the teacher is scored on
-    teacher = run.load(run.teacher)
-    goal = {k: teacher.encode(side, normalize=False) for k, (side, _) in pairs.items()}
     for label, folder in models.items():
-        model, begun = run.load(folder), time.monotonic()
-        given = (english, {}) if label == "teacher" else (run.sts, pairs)
+        model, begun, given = run.load(folder), time.monotonic(), (run.sts, pairs)
+        if label == "teacher":  # the first one; it is scored on English alone
+            goal = {k: model.encode(side, normalize=False) for k, (side, _) in pairs.items()}
+            given = {k: v for k, v in run.sts.items() if k == "en-en"}, {}
         rows[label], cosines[label] = evaluate(model, *given, goal)
         rows[label]["sizes"] = M.ledger(model.config)
         score, seconds = mean_spearman(rows[label]["spearman"])[0], time.monotonic() - begun
