@@ -818,21 +818,11 @@ def finish(run, models):
         rows[label]["sizes"] = M.ledger(model.config)
         score, seconds = mean_spearman(rows[label]["spearman"])[0], time.monotonic() - begun
         run.say(f"evaluated {label}: mean Spearman {score:.1f} ({seconds:.0f} s)")
-    results = {"rows": rows, "bootstrap": None, **circumstances(run)}
-    if label.startswith("student") and run.sts:
-        results["bootstrap"] = bootstrap(run.sts, cosines["assistant"], cosines[label])
-    with M.atomic(run.out / "results.json") as tmp:
-        tmp.write_text(json.dumps(results, indent=1), "utf-8")
-    M.delete(run.out / "checkpoint.safetensors")
-    if not run.args.keep:
-        M.delete(run.out / "stages")
-    run.say(table(results))
-
-
-def circumstances(run):
-    """What results.json says of how a run was made."""
+    compared = label.startswith("student") and run.sts
     git = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
-    return {
+    results = {
+        "rows": rows,
+        "bootstrap": bootstrap(run.sts, cosines["assistant"], cosines[label]) if compared else None,
         "stages": [e for e in read_log(run.out) if e.get("done")],
         "arguments": run.identity,
         "seed": run.args.seed,
@@ -842,6 +832,12 @@ def circumstances(run):
         "versions": {m.__name__: m.__version__ for m in (torch, tokenizers, np)},
         "git": subprocess.run("git describe --always --dirty", **git).stdout.strip() or None,
     }
+    with M.atomic(run.out / "results.json") as tmp:
+        tmp.write_text(json.dumps(results, indent=1), "utf-8")
+    M.delete(run.out / "checkpoint.safetensors")
+    if not run.args.keep:
+        M.delete(run.out / "stages")
+    run.say(table(results))
 
 
 def table(results):
