@@ -241,6 +241,44 @@ class Corpus:
         spans = zip(self.starts[rows].tolist(), self.starts[rows + 1].tolist())
         return [str(text[a:b], "utf-8") for a, b in spans]
 
+    def by_language(self):
+        """{language: (english, translations)} by the names of the files, en-XX."""
+        pairs, end = {}, 0
+        for r in self.report:
+            m = re.search(r"en-([a-z]{2,3})\b", r["file"])
+            start, end = end, end + r["kept"]
+            sides = pairs.setdefault(m[1] if m else r["file"], ([], []))
+            for side, ids in zip(sides, self.pairs[start:end].T):
+                side.extend(self.texts(ids))
+        return {k: v for k, v in pairs.items() if v[0]}
+
+    def describe(self, max_lines):
+        """What was read and what was dropped, line by line, with totals that add up."""
+        kinds = ("lines", "kept", "long", "blank", "header", "same", "quoted")
+        n = {k: sum(r[k] for r in self.report) for k in kinds}
+        bad = sum(sum(r["bad"].values()) for r in self.report)
+        repeated = 1 - len(np.unique(self.pairs.view(np.uint64))) / n["kept"]
+        yield (
+            f"data: {len(self.report)} files, {n['lines']:,} lines = {n['kept']:,} pairs + "
+            f"{n['long']:,} too long + {n['blank']:,} blank + {n['header']:,} headers + "
+            f"{bad:,} malformed; {len(self.first):,} distinct sentences, {repeated:.1%} of the "
+            "pairs are repeated"
+        )
+        if cut := sum(r["lines"] >= max_lines for r in self.report):
+            yield f"  {cut} files reach --max-lines {max_lines:,}; lines beyond it are not read"
+        # The first example of each kind.
+        examples = {k: v for r in reversed(self.report) for k, v in r["examples"].items()}
+        for kind, what in (
+            ("same", "both sides are equal"),
+            ("quoted", "both sides are in quotes"),
+        ):
+            if n[kind]:
+                warning = "warning: " * (n[kind] > 0.03 * n["kept"])
+                example = examples.pop(kind)
+                yield f"  {warning}{n[kind] / n['kept']:.1%}: {what}, such as {example}"
+        for example in list(examples.values())[:3]:
+            yield f"  dropped {example}"
+
 
 PAIR = np.dtype([("hash", "<u8", 2), ("size", "<u4", 2), ("line", "<u4"), ("group", "u1")])
 

@@ -809,6 +809,8 @@ def test_corpus_store(tmp_path, tokenizer):
         ("one", "un"),
         ("three", "trois"),
     ]
+    one = ["one", "two", "one"], ["eins", "zwei", "eins"]
+    assert c.by_language() == {"de": one, "fr": (["one", "three"], ["un", "trois"])}
     assert len(c.first) == 7 and c.folder == data.build_corpus([a, b], tmp_path / "cache").folder
     assert data.build_corpus([a], tmp_path / "cache", extra=[b]).group.tolist() == [0, 0, 0, 1, 1]
     m = tiny(tokenizer)
@@ -1670,29 +1672,6 @@ def test_optimizer_and_fit(tokenizer, tmp_path):
     assert log[0]["norm"] > 1e6 and (kept[3.0]).abs().max() < 0.1
 
 
-def test_sparse_embedding_gradient_is_the_dense_one(tokenizer):
-    """Sparse rows, clipping and AdamW in place: to rounding the weights of the plain path, over
-    steps that touch other rows."""
-    models = [tiny(tokenizer, std=0.1).train() for _ in range(2)]
-    for m, sparse in zip(models, (True, False)):
-        m.embeddings.word.sparse, optimizer = sparse, train.make_optimizer(m, 1e-2)
-        table = torch.zeros_like(m.embeddings.word.weight) if sparse else None
-        for step in range(6):
-            seed = torch.Generator().manual_seed(step)
-            ids = torch.randint(1, 40, (5, 9), generator=seed) + 30 * step  # some are pads
-            optimizer.zero_grad()
-            (100 * m(ids, ids != 1).square().sum()).backward()
-            assert m.embeddings.word.weight.grad.is_sparse == sparse
-            if sparse:
-                norm = train.clip_gradients(m, 1.0, table)
-            else:
-                norm = torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
-            optimizer.step()
-            assert norm > 1
-    for (k, a), b in zip(models[0].named_parameters(), models[1].parameters()):
-        assert (a - b).abs().max() < 1e-5, (k, (a - b).abs().max())
-
-
 def test_evaluate_by_hand():
     class Fixed:
         def encode(self, texts, normalize=None):
@@ -1838,7 +1817,7 @@ except M.InputError as e:
         (["--device", "nonsense"], "is not usable here"),
         (["--device", "mps"], "is not usable here"),
         (["--layers", "9"], "--layers 9: expected 1 to 4"),
-        (["--stages", "2-4", "--assistant", "nowhere"], "nowhere: no model directory"),
+        (["--stages", "2-4", "--assistant", "nowhere"], "nowhere: no such model directory"),
     ],
 )
 def test_bad_commands(flags, message, tmp_path):
@@ -2548,6 +2527,18 @@ def test_lines_that_are_suspicious(tmp_path):
     pairs = list(data.read_pairs(write(tmp_path / "a.tsv", GOOD * 3 + odd), r))
     assert (r["same"], r["quoted"], len(pairs)) == (1, 1, 902)
     assert r["bad"] == {"a character that is no text": 4}
+    told = list(data.build_corpus([tmp_path / "a.tsv"], tmp_path / "cache").describe(906))
+    assert told[0] == (
+        "data: 1 files, 906 lines = 902 pairs + 0 too long + 0 blank + 0 headers + 4 malformed; "
+        "603 distinct sentences, 66.5% of the pairs are repeated"
+    )
+    assert told[1] == "  1 files reach --max-lines 906; lines beyond it are not read"
+    assert told[2].startswith("  0.1%: both sides are equal, such as ") and ":901: 'same" in told[2]
+    assert "both sides are in quotes" in told[3] and ":903: a character that" in told[4]
+    assert len(told) == 5
+    same = write(tmp_path / "a.tsv", GOOD + "same\tsame\n" * 20)
+    told = list(data.build_corpus([same], tmp_path / "cache").describe(906))
+    assert told[1].startswith("  warning: 6.2%: both sides are equal, such as ")
     three = "".join(f"a {i}\tb {i}\tc {i}\td\n" for i in range(50))
     with pytest.raises(M.InputError, match=r"It has 4 columns; keep two: zcat .* cut -f1,2"):
         list(data.read_pairs(write(tmp_path / "b.tsv.gz", gzip.compress(three.encode())), {}))

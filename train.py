@@ -4,7 +4,8 @@ A run lives in one folder. The same command again continues it, exactly, whereve
 Random, and from --seed: the order of batches, dropout, noise in a student's start, the demo's
 teacher. Samples of text (for the alignment, for dev, for a look) and the demo's corpus are fixed.
 
-    arguments  |  the run  |  the loop  |  the stages  |  the pipeline  |  evaluation  |  the table
+    arguments  |  the run  |  the loop  |  checkpoint and log  |  the stages  |  the pipeline
+    evaluation  |  the table  |  the command
 """
 
 import argparse
@@ -18,7 +19,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +29,7 @@ import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import model as M
@@ -36,22 +37,8 @@ import msd
 from demo import corpus as demo
 from model import InputError, need, put
 
-try:
-    import fcntl
-except ImportError:  # Windows: two commands in one folder are then not noticed
-    fcntl = None
-
 SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
 EVALS = 4  # dev readings a stage; the best one's weights are kept
-
-
-class Stop(Exception):
-    """The run ends before its end: a signal, or a loss that is not finite. code: exit status."""
-
-    def __init__(self, code, message="stopped; the same command continues here"):
-        super().__init__(message)
-        self.code = code
-
 
 # -------------------------------------------------------------------------------------- arguments
 # What may differ between a run and its continuation; another device draws other dropout masks.
@@ -148,21 +135,16 @@ def parse(argv):
 
 
 def usable_device(name):
-    """The device by its full name. Raises: InputError where it cannot be used."""
-    fix = "give cpu or cuda"
-    try:
-        device = torch.device(name)
-        need(device.type in ("cpu", "cuda"), f"--device {name} is not usable here; {fix}")
-        if device.type == "cuda":  # each process of torchrun has a GPU of its own
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-            has = device.index < torch.cuda.device_count()
-            need(has, f"--device {name}: no GPU {device.index}; start fewer processes, or give cpu")
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()
-        return str(device)
-    except (RuntimeError, AssertionError) as e:
-        why = str(e).splitlines()[0]
-        raise InputError(f"--device {name} is not usable here ({why}); {fix}") from None
+    """cpu, or a GPU by its full name. Raises: InputError where it is not here."""
+    m = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    need(m, f"--device {name} is not usable here; give cpu or cuda")
+    if name == "cpu":
+        return name
+    index = int(os.environ.get("LOCAL_RANK", m[1] or 0))  # each process of torchrun has its own
+    has = index < torch.cuda.device_count()
+    need(has, f"--device {name}: no GPU {index} here; start fewer processes, or give cpu")
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
 
 
 def expand(patterns, flag):
@@ -183,21 +165,18 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out, self.stop, self.busy = args, args.out, 0, False
-        self.world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-        self.rank, self.group = 0, None
+        self.rank = int(os.environ.get("RANK", 0))  # torchrun's
+        self.world, self.group = int(os.environ.get("WORLD_SIZE", 1)), None
         # Where the last model is there, only the table is missing; what came before may be gone.
         self.trained = Path(args.out, "assistant" if args.stages == [1] else "student").exists()
         if self.world > 1:
-            if not dist.is_initialized():
-                dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
             # The processes wait for the first one, which may take hours over targets, in a group of
             # their own: with NCCL's short patience kept, one that dies is noticed on a GPU, too.
             day = datetime.timedelta(days=1)
-            self.rank, self.group = dist.get_rank(), dist.new_group(backend="gloo", timeout=day)
+            self.group = dist.new_group(backend="gloo", timeout=day)
         dtype, why = (args.dtype, "asked for") if args.dtype else M.best_dtype(args.device)
         args.dtype = str(dtype).removeprefix("torch.")
-        plain = json.dumps({k: v for k, v in vars(args).items() if k not in FREE})
-        self.settings = json.loads(plain)  # all arguments that the result depends on
         where = f"device {args.device}, {args.dtype} ({why}), {torch.get_num_threads()} threads"
         what = f"{args.preset}, stages {args.stages}, seed {args.seed}, folder {self.out}"
         self.say(f"{where}, {self.world} processes; {what}")
@@ -231,7 +210,13 @@ class Run:
         """In a step: finish it, save, leave. Elsewhere leave at once: nothing is half-written."""
         self.stop = number
         if not self.busy:
-            raise Stop(128 + number)
+            self.leave(128 + number)
+
+    def leave(self, code, why="stopped; the same command continues here"):
+        """End before the end: a signal, or a loss that is not finite. code: the exit status."""
+        if self.rank == 0:
+            print(why, file=sys.stderr)
+        sys.exit(code)
 
     def build(self, folder, make, *args):
         """The folder of a model, make(run, *args), which the first process saves if it is not
@@ -261,7 +246,9 @@ def take(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w", encoding="utf-8")
-        if fcntl:
+        with contextlib.suppress(ImportError):  # Windows: a second command goes unnoticed
+            import fcntl
+
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except BlockingIOError:
@@ -272,32 +259,30 @@ def take(folder):
 
 
 def same_run(run):
-    """What this run is, by arguments and content of files. Raises: InputError if it began as
-    another, with both values."""
-    args, file, now = run.args, run.out / "run.json", dict(run.settings)
-    inside = [f"{glob.escape(args.sts)}/*"] if args.sts else []
-    files = {"train": args.train, "extra": args.extra, "dev": args.dev, "sts": inside}
-    for flag, patterns in files.items():
-        now[f"content of --{flag}"] = data.digest(*expand(patterns, f"--{flag}"))
-    for flag, folder in (("teacher", args.teacher), ("assistant", args.assistant)):
-        now[f"content of --{flag}"] = fingerprint(folder) if folder else None
+    """What this run is: its settings, and its files by name and content. Raises: InputError if it
+    began as another, with both values."""
+    args, file = run.args, run.out / "run.json"
+    now = {k: v for k, v in vars(args).items() if k not in FREE}
+    for flag in ("train", "extra", "dev"):
+        now[flag] = [Path(pattern).name for pattern in now[flag]]
+        now[f"content of --{flag}"] = data.digest(*expand(getattr(args, flag), f"--{flag}"))
+    for flag in ("teacher", "assistant", "sts"):
+        if folder := now[flag]:
+            now[flag], now[f"content of --{flag}"] = Path(folder).name, fingerprint(folder)
+    now = json.loads(json.dumps(now))  # as a file gives it back
     before = M.read_json(file) if file.exists() else now
-    other = "choose another --out, or delete this folder to start over"
     for key in sorted(now | before):
-        known = key in before and key in now
-        need(known, f"{run.out}: started by another version of this code ({key}); {other}")
-        was, same = f"started with {key} {before[key]!r}", now[key] == before[key]
-        fix = f"Give the old value to continue, {other}"
-        need(same, f"{run.out}: this run was {was}, now it is {now[key]!r}. {fix}")
+        was, new = before.get(key), now.get(key)
+        began = f"{run.out}: this run was started with {key} {was!r}, now it is {new!r}"
+        fix = "Give the old value to continue, choose another --out, or delete this folder"
+        need(was == new, f"{began}. {fix} to start over")
     return now
 
 
 def fingerprint(folder):
-    """Names a model directory by its content. Raises: InputError where there is none."""
-    files = sorted(f for x in ("safetensors", "json") for f in Path(folder).glob(f"**/*.{x}"))
-    expected = "expected config.json, tokenizer.json and model.safetensors in it"
-    need(files, f"{folder}: no model directory; {expected}")
-    return data.digest(*files)
+    """Names the models or the similarity sets in a folder by their content."""
+    kinds = ("safetensors", "json", "txt", "tsv", "gz")
+    return data.digest(*sorted(f for x in kinds for f in Path(folder).glob(f"**/*.{x}")))
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -306,24 +291,23 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
 
     loss_at(step): (loss terms by name, tokens, pair numbers), a pure function of the step.
     dev_loss(): the loss to choose by. A continued run gives the same bits. Of several processes all
-    do the same. Raises: Stop at a signal, after a save, and at a loss that is not finite.
+    do the same. Leaves at a signal, after a save, and at a loss that is not finite.
     """
     model.train()
     optimizer = make_optimizer(model, lr)
-    sparse = model.embeddings.word.sparse = model.device.type == "cpu" and run.world == 1
-    table = torch.zeros_like(model.embeddings.word.weight) if sparse else None
-    training = Training(run, name, model, optimizer, steps)
+    training = Training(run, name, model, optimizer, steps, loss_at)
     readings = {math.ceil(steps * (i + 1) / EVALS) for i in range(EVALS)} if dev_loss else ()
     for step in range(training.restore(), steps):
         run.busy = True  # a signal now waits for the end of the step
-        torch.manual_seed(seed_of(run, name, step))  # dropout
+        seed = data.digest(run.args.seed, name, step, run.rank)  # of dropout
+        torch.manual_seed(int(seed[:15], 16))
         for group in optimizer.param_groups:
             group["lr"] = lr * rate_at(step, steps)
 
         terms, tokens, _ = loss_at(step)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         sum(terms.values()).backward()
-        norm = clip_gradients(model, msd.CLIP, table)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), msd.CLIP)
         optimizer.step()
 
         training.report(step, terms, norm, tokens)
@@ -331,27 +315,18 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
             training.choose(step, dev_loss())
         due = time.monotonic() - training.saved > SAVE_SECONDS and step + 1 < steps
         stop, due = run.reduce(dist.ReduceOp.MAX, run.stop, due)
-        if stop or due or step + 1 in readings or model.device.type == "cpu":
-            training.check(loss_at)
         if stop or due:
             training.save(step + 1)
         run.busy = False
         if stop:  # a signal that comes during a save is seen one step later
-            raise Stop(128 + int(stop))
+            run.leave(128 + int(stop))
     training.finish()
-    return model
 
 
 def rate_at(step, steps):
     """Learning rate as a share of its peak: linear up over WARMUP of the steps, then to 0."""
     w = msd.WARMUP * steps
     return (step + 1) / (w + 1) if step < w else (steps - step) / (steps - w)
-
-
-def seed_of(run, name, step):
-    """The seed of what is random in a step: a function of --seed, stage, step and process."""
-    process = [run.rank] * (run.rank > 0)
-    return int.from_bytes(data.digest(run.args.seed, name, step, *process).encode()[:7], "little")
 
 
 def make_optimizer(model, lr):
@@ -363,26 +338,7 @@ def make_optimizer(model, lr):
     return torch.optim.AdamW(groups, lr=lr, eps=msd.ADAM_EPS, fused=True)
 
 
-def clip_gradients(model, limit, table=None):
-    """Scale the gradient to a norm of at most `limit`; returns the norm before.
-
-    table: a tensor of the word table's shape, where its gradient is sparse. A batch touches some
-    thousand rows: they alone are measured and clipped, then written into the table for AdamW, which
-    moves every row at every step. With 250,000 pieces that saves a tenth of a step.
-    """
-    word = model.embeddings.word.weight
-    grads = [q.grad for q in model.parameters() if q.grad is not None]
-    sparse = table is not None and word.grad is not None
-    if sparse:
-        g = word.grad.coalesce()
-        grads = [v for v in grads if not v.is_sparse] + [g.values()]
-    norm = torch.nn.utils.get_total_norm(grads)
-    torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
-    if sparse:
-        word.grad = table.zero_().index_copy_(0, g.indices()[0], g.values())
-    return norm
-
-
+# ----------------------------------------------------------------------------- checkpoint and log
 class Training:
     """What a stage's training keeps beside the loop: its checkpoint, its log, the best weights.
 
@@ -390,8 +346,9 @@ class Training:
     seconds spent; no generator state, as every random draw depends on seed, stage and step.
     """
 
-    def __init__(self, run, name, model, optimizer, steps):
+    def __init__(self, run, name, model, optimizer, steps, loss_at):
         self.run, self.name, self.optimizer, self.steps = run, name, optimizer, steps
+        self.loss_at = loss_at
         self.file, self.best_loss = run.out / "checkpoint.safetensors", math.inf
         self.weights = [q.detach() for q in model.parameters()]
         self.best = [v.clone() for v in self.weights]
@@ -409,11 +366,11 @@ class Training:
 
     def save(self, step):
         """Write the checkpoint: the first process does, and nobody goes on before it has."""
-        numbers = {"step": step, "best": self.best_loss, "seconds": self.seconds()}
-        meta = {"stage": self.name, **{k: repr(v) for k, v in numbers.items()}}
+        self.check()
+        meta = {"stage": self.name, "step": step, "best": self.best_loss, "seconds": self.seconds()}
         with self.run.first() as mine:
             if mine:
-                M.write_safetensors(self.file, self.tensors, meta)
+                M.write_safetensors(self.file, self.tensors, {k: str(v) for k, v in meta.items()})
         self.saved = time.monotonic()
 
     def restore(self):
@@ -421,13 +378,12 @@ class Training:
         tensors, meta = M.read_safetensors(self.file, copy=True) if self.file.exists() else ({}, {})
         step = 0
         if meta.get("stage") == self.name:
-            fits = {k: v.shape for k, v in tensors.items()}
-            fits = fits == {k: v.shape for k, v in self.tensors.items()}
-            need(fits, f"{self.file}: a damaged checkpoint; delete it to begin {self.name} again")
-            for k, v in self.tensors.items():
-                v.copy_(tensors[k])
-            step, self.best_loss = int(meta["step"]), float(meta["best"])
-            self.begun -= float(meta["seconds"])
+            fix = f"; delete it to begin {self.name} again"
+            with M.reading(self.file, "a whole checkpoint", fix):
+                for k, v in self.tensors.items():
+                    v.copy_(tensors[k])
+                step, self.best_loss = int(meta["step"]), float(meta["best"])
+                self.begun -= float(meta["seconds"])
             self.run.say(f"{self.name}: continues at step {step} of {self.steps}")
         if self.run.rank == 0:  # the log forgets what came after the checkpoint
             log = read_log(self.run.out)
@@ -453,6 +409,7 @@ class Training:
         speed = round(self.tokens / max(now - self.logged, 1e-9))
         self.run.log(stage=self.name, step=step, **entry, tokens_per_s=speed)
         self.tokens, self.logged = 0, now
+        self.check()
         if now - self.shown > 5 or done == self.steps:
             left = datetime.timedelta(seconds=round(self.seconds() / done * (self.steps - done)))
             shown = "  ".join(f"{k} {v:.4g}" for k, v in entry.items())
@@ -460,17 +417,18 @@ class Training:
             self.run.say(f"{self.name}  step {done}/{self.steps}  {shown}")
             self.shown = now
 
-    def check(self, loss_at):
-        """Raises: Stop if a loss was not finite, before anything is saved over."""
+    def check(self):
+        """Leave if a loss was not finite, before anything is saved over."""
         if (bad := int(self.broken)) >= 0:
-            pairs = list(map(int, loss_at(bad)[2][:16]))
+            pairs = list(map(int, self.loss_at(bad)[2][:16]))
             good = self.file if self.file.exists() else "none yet"
             what = f"the loss or the gradient norm is not finite; batch {pairs}..."
             fix = f"The last good checkpoint is {good}; --lr may be too high"
-            raise Stop(1, f"{self.name}, step {bad}: {what} {fix}")
+            self.run.leave(1, f"{self.name}, step {bad}: {what} {fix}")
 
     def choose(self, step, loss):
         """Keep the weights if this dev loss is the best so far."""
+        self.check()
         self.run.log(stage=self.name, step=step, dev=loss)
         if loss < self.best_loss:
             self.best_loss = loss
@@ -478,11 +436,11 @@ class Training:
 
     def finish(self):
         """Leave the best weights in the model, if dev chose any."""
-        best, seconds = None, round(self.seconds(), 1)
-        if self.best_loss != math.inf:
-            best = self.best_loss
+        chosen = self.best_loss < math.inf
+        if chosen:
             torch._foreach_copy_(self.weights, self.best)
-        self.run.log(stage=self.name, done=True, steps=self.steps, seconds=seconds, best_dev=best)
+        done = {"done": True, "steps": self.steps, "seconds": round(self.seconds(), 1)}
+        self.run.log(stage=self.name, **done, best_dev=self.best_loss if chosen else None)
 
 
 def read_log(folder):
@@ -492,7 +450,7 @@ def read_log(folder):
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
-    return [e for e in entries if isinstance(e, dict) and isinstance(e.get("step", 0), int)]
+    return entries
 
 
 # ------------------------------------------------------------------------------------- the stages
@@ -531,8 +489,7 @@ def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
     """
     args, row, pairs = run.args, msd.STAGES[stage], corpus.pairs[rows]  # (n, 2)
     with run.first():
-        progress = M.meter("tokens", run.say)
-        flat, starts = data.tokens(corpus, model, args.cache, progress)
+        flat, starts = data.tokens(corpus, model, args.cache, M.meter("tokens", run.say))
     lengths = np.diff(starts)[pairs]  # (n, 2)
 
     @functools.lru_cache(1)
@@ -541,20 +498,19 @@ def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
         return data.batch_order(lengths.max(1), args.batch[stage - 1], seed)
 
     first = batches(0)
-    steps = max(1, math.ceil((epochs or 1) * len(first)))
+    steps = math.ceil((epochs or 1) * len(first))
     seen = pairs[np.concatenate(first[:steps])]  # (m, 2)
-    ids = np.unique(seen if row.own else seen[:, 0])
+    wanted = np.unique(seen if row.own else seen[:, 0])
     name, progress = fingerprint(source), M.meter(f"targets of stage {stage}", run.say)
     with run.first():
         encoder = run.load(source)
-        stored = data.vectors(corpus, ids, encoder, name, args.cache, row.layers, progress)
+        targets = data.vectors(corpus, wanted, encoder, name, args.cache, row.layers, progress)
     live = model  # what training calls
     if epochs and run.world > 1:  # averages the gradients over the processes
-        wrap = torch.nn.parallel.DistributedDataParallel
-        live = wrap(model, gradient_as_bucket_view=True)
+        live = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def target(sentences):
-        return put(stored[np.searchsorted(ids, sentences)], args.device).float()  # (N, H)
+        return put(targets[np.searchsorted(wanted, sentences)], args.device).float()  # (N, H)
 
     def terms(net, numbers, mine=slice(None), gather=None):
         s, t = pairs[numbers].T  # (N,)
@@ -604,7 +560,7 @@ def share_of(run, n):
 
 
 # ----------------------------------------------------------------------------------- the pipeline
-def pipeline(run, identity):
+def pipeline(run):
     """The paper's figure: teacher, assistant, student's start, stages 2, 3 and 4, then the table.
 
     Each step is skipped where its folder is there: the same command continues a run.
@@ -613,7 +569,7 @@ def pipeline(run, identity):
     read_inputs(run)
     if run.rank == 0 and not (out / "run.json").exists():  # a mistyped path leaves nothing behind
         with M.atomic(out / "run.json") as tmp:
-            tmp.write_text(json.dumps(identity, indent=1), "utf-8")
+            tmp.write_text(json.dumps(run.identity, indent=1), "utf-8")
     models = {"teacher": run.teacher}  # by row of the table
 
     # The assistant: given, or the teacher's body with a new vocabulary; stage 1 trains it.
@@ -646,49 +602,54 @@ def read_inputs(run):
 
     Raises: InputError for sizes that do not fit, before any work.
     """
-    args, made = run.args, run.out / "data"  # of the built-in corpus
-    files = {"train": args.train, "extra": args.extra, "dev": args.dev}
-    run.teacher, sts = Path(args.teacher or run.out / "teacher"), args.sts
-    config = run.load(args.teacher).config if args.teacher else demo.TEACHER
-    given = run.load(args.assistant) if args.assistant else None
-    body = given.config if given else config
-    if args.keep_vocab:
-        data.always_kept(given.tokenizer, args.keep_vocab)
-    widths = f"vectors of width {body.width}, the teacher {run.teacher} has {config.width}"
-    same = body.width == config.width
-    need(same, f"{args.assistant}: {widths}; they are compared, so the widths must match")
+    args, run.teacher = run.args, Path(run.args.teacher or run.out / "teacher")
+    body = teacher = run.load(args.teacher).config if args.teacher else demo.TEACHER
+    if args.assistant:
+        given = run.load(args.assistant)
+        body = given.config
+        if args.keep_vocab:
+            data.always_kept(given.tokenizer, args.keep_vocab)
+        widths = f"vectors of width {body.width}, the teacher {run.teacher} has {teacher.width}"
+        fix = "they are compared, so the widths must match"
+        need(body.width == teacher.width, f"{args.assistant}: {widths}; {fix}")
     if args.stages != [1]:
         msd.check_sizes(body, args.bottleneck, args.layers, args.recurrence)
     if not args.train:
-        with run.first():
-            if not made.exists():
-                demo.write_demo(made)
-        files |= {x: [str(made / x / "en-*.tsv")] for x in ("train", "dev")}
-        sts = made / "sts"
-        if not run.teacher.exists():  # the stand-in for a real one
-            scored, dtype = data.read_sts(made / "sts-train")["en-en"], getattr(torch, args.dtype)
-            model, loss_at = demo.teacher(scored, args.seed, dtype, args.device)
-            fit(run, "teacher", model, demo.TEACHER_STEPS, demo.TEACHER_LR, loss_at)
-            run.build(run.teacher, lambda _: model)
-    run.sts = data.read_sts(sts) if sts else {}
-    paths = {flag: expand(patterns, f"--{flag}") for flag, patterns in files.items()}
-    build = functools.partial(data.build_corpus, cache=args.cache, max_chars=args.max_chars)
-    run.say(f"data: reading {sum(map(len, paths.values()))} files")
+        make_demo(run)
+    run.sts = data.read_sts(args.sts) if args.sts else {}
+    train, extra, dev = (expand(getattr(args, x), f"--{x}") for x in ("train", "extra", "dev"))
+    run.say(f"data: reading {len(train + extra + dev)} files")
     with run.first():
-        run.corpus = build(paths["train"], extra=paths["extra"], max_lines=max(args.max_lines))
-        run.dev = build(paths["dev"]) if paths["dev"] else None
-    describe_corpus(run)
-    describe_teacher(run)
+        most = max(args.max_lines)
+        run.corpus = data.build_corpus(train, args.cache, extra, args.max_chars, most)
+        run.dev = data.build_corpus(dev, args.cache, (), args.max_chars) if dev else None
+    for line in run.corpus.describe(max(args.max_lines)):
+        run.say(line)
+    run.log(data=run.corpus.report)
+    look_at_teacher(run)
+
+
+def make_demo(run):
+    """The built-in corpus as files of the run, which they then are given, and its teacher."""
+    args, made = run.args, run.out / "data"
+    with run.first():
+        if not made.exists():
+            demo.write_demo(made)
+    args.train, args.dev = ([str(made / x / "en-*.tsv")] for x in ("train", "dev"))
+    args.sts = made / "sts"
+    if not run.teacher.exists():  # the stand-in for a real one
+        scored, dtype = data.read_sts(made / "sts-train")["en-en"], getattr(torch, args.dtype)
+        model, loss_at = demo.teacher(scored, args.seed, dtype, args.device)
+        fit(run, "teacher", model, demo.TEACHER_STEPS, demo.TEACHER_LR, loss_at)
+        run.build(run.teacher, lambda _: model)
 
 
 def start_assistant(run):
     """The teacher's body with a vocabulary learnt from the training text."""
     args, corpus, teacher = run.args, run.corpus, M.load(run.teacher, "float32", "cpu", train=True)
-    normalizer = teacher.tokenizer.normalizer
-    lower = normalizer is not None and normalizer.normalize_str("A") == "a"
-    lower = lower or teacher.config.do_lower_case
+    lower_case = np.array_equal(teacher.tokenize(["A"])[0], teacher.tokenize(["a"])[0])
     run.say(f"vocabulary: learning {args.vocab:,} pieces")
-    tokenizer = data.vocabulary(corpus, args.vocab, lower, args.cache)
+    tokenizer = data.vocabulary(corpus, args.vocab, lower_case, args.cache)
     some = np.random.default_rng(0).permutation(len(corpus.pairs))[: msd.ALIGNED_PAIRS]
     run.say(f"vocabulary: its start from the alignment of {len(some):,} pairs")
     sides = (corpus.texts(side) for side in corpus.pairs[np.sort(some)].T)
@@ -700,11 +661,10 @@ def start_cut_assistant(run):
     args, assistant = run.args, M.load(run.args.assistant, "float32", "cpu", train=True)
     counts = piece_counts(run, assistant)
     tokenizer, kept = data.cut_vocabulary(assistant.tokenizer, counts, args.keep_vocab)
-    for language, sides in dev_pairs(run.dev).items():
+    for language, sides in run.dev.by_language().items() if run.dev else ():
         flat, _ = assistant.tokenize([t for side in sides for t in side])
-        lost = float(1 - np.isin(flat, kept).mean())
+        lost = 1 - np.isin(flat, kept).mean()
         run.say(f"vocabulary: {len(kept):,} pieces; of dev en-{language}, {lost:.2%} are cut anew")
-        run.log(language=language, pieces=len(kept), lost=lost)
     return msd.cut_assistant(assistant, tokenizer, kept)
 
 
@@ -722,51 +682,22 @@ def start_student(run, assistant_folder):
     return msd.make_student(assistant, *sizes, args.init, args.seed, counts)
 
 
-def describe_corpus(run):
-    """What was read and what was dropped, with totals that add up."""
-    corpus, reports = run.corpus, run.corpus.report
-    kinds = ("lines", "kept", "long", "blank", "header", "same", "quoted")
-    total = {k: sum(r[k] for r in reports) for k in kinds}
-    bad = sum(sum(r["bad"].values()) for r in reports)
-    twice = len(corpus.pairs) - len(np.unique(corpus.pairs.view(np.uint64)))
-    run.say(
-        f"data: {len(reports)} files, {total['lines']:,} lines = {total['kept']:,} pairs + "
-        f"{total['long']:,} too long + {total['blank']:,} blank + {total['header']:,} headers + "
-        f"{bad:,} malformed; {len(corpus.first):,} distinct sentences, {twice / total['kept']:.1%} "
-        "of the pairs are repeated"
-    )
-    most = max(run.args.max_lines)
-    if cut := sum(r["lines"] >= most for r in reports):
-        run.say(f"  {cut} files reach --max-lines {most:,}; lines beyond it are not read")
-    examples = {}  # the first of each kind
-    for r in reversed(reports):
-        examples |= r["examples"]
-    for kind, what in (("same", "both sides are equal"), ("quoted", "both sides are in quotes")):
-        if found := examples.pop(kind, None):
-            share = total[kind] / total["kept"]
-            sign = "warning: " if share > 0.03 else ""
-            run.say(f"  {sign}{share:.1%}: {what}, such as {found}")
-    for example in list(examples.values())[:3]:
-        run.say(f"  dropped {example}")
-    run.log(data=reports, distinct=len(corpus.first), repeated=twice)
-
-
-def describe_teacher(run):
+def look_at_teacher(run):
     """A look at the teacher before hours of training on it."""
     teacher, corpus = run.load(run.teacher), run.corpus
     ids = np.random.default_rng(0).permutation(np.unique(corpus.pairs[:, 0]))[:4000]
     flat, starts = teacher.tokenize(corpus.texts(np.sort(ids)))
     progress = M.meter("a look at the teacher", run.say)
-    seen = describe_vectors(teacher.embed(flat, starts, progress=progress))
-    seen["truncated"] = float((np.diff(starts) >= teacher.config.max_seq_length).mean())
+    look = describe_vectors(teacher.embed(flat, starts, progress=progress))
+    look["truncated"] = float((np.diff(starts) >= teacher.config.max_seq_length).mean())
+    run.log(teacher=look)
     run.say(
-        f"teacher: width {seen['width']}, mean norm {seen['norm']:.3f}, mean cosine of different "
-        f"sentences {seen['cosine']:.3f}, {seen['truncated']:.1%} truncated; MSE of the best "
-        f"constant guess {seen['constant_mse']:.5f}: a loss near it has learnt nothing"
+        "teacher: width {width}, mean norm {norm:.3f}, mean cosine of different sentences "
+        "{cosine:.3f}, {truncated:.1%} truncated; MSE of the best constant guess "
+        "{constant_mse:.5f}: a loss near it has learnt nothing".format(**look)
     )
-    if seen["cosine"] > 0.8:
+    if look["cosine"] > 0.8:
         run.say("  warning: all sentences look alike to this teacher; is it the right pooling?")
-    run.log(teacher=seen)
 
 
 def describe_vectors(v):
@@ -821,7 +752,7 @@ def retrieval(x, y, block=1024):
         n = 0
         for i in range(0, len(a), block):
             sims = a[i : i + block] @ b.T  # (block, n)
-            right = sims[np.arange(len(sims)), np.arange(i, i + len(sims))]
+            right = sims.diagonal(i)  # of x[i] with y[i]
             n += int(((sims >= right[:, None]).sum(1) == 1).sum())
         return 100 * n / len(a)
 
@@ -840,8 +771,8 @@ def evaluate(model, sets, dev, dev_targets):
     for language, sides in dev.items():
         x, y = (model.encode(side, normalize=False) for side in sides)
         row["accuracy"][language] = retrieval(x, y)
-        errors = [float(np.square(v - dev_targets[language]).mean()) for v in (x, y)]
-        row["mse"][language] = [100 * e for e in errors]
+        goal = dev_targets[language]
+        row["mse"][language] = [100 * float(np.square(v - goal).mean()) for v in (x, y)]
     return row, cosines
 
 
@@ -874,62 +805,40 @@ def bootstrap(sets, a, b, n=1000, seed=0):
 # -------------------------------------------------------------------------------------- the table
 def finish(run, models):
     """Read the test sets, once, for models {row: folder}; write results.json, print, clear up."""
-    pairs, rows, cosines = dev_pairs(run.dev), {}, {}
-    english = {k: v for k, v in run.sts.items() if k == "en-en"}  # all the teacher is scored on
-    teacher = run.load(run.teacher)
-    goal = {k: teacher.encode(side, normalize=False) for k, (side, _) in pairs.items()}
+    pairs, rows, cosines = run.dev.by_language() if run.dev else {}, {}, {}
     for label, folder in models.items():
-        model, begun = run.load(folder), time.monotonic()
-        given = (english, {}) if label == "teacher" else (run.sts, pairs)
+        model, begun, given = run.load(folder), time.monotonic(), (run.sts, pairs)
+        if label == "teacher":  # the first one; it is scored on English alone
+            goal = {k: model.encode(side, normalize=False) for k, (side, _) in pairs.items()}
+            given = {k: v for k, v in run.sts.items() if k == "en-en"}, {}
         rows[label], cosines[label] = evaluate(model, *given, goal)
         rows[label]["sizes"] = M.ledger(model.config)
         score, seconds = mean_spearman(rows[label]["spearman"])[0], time.monotonic() - begun
         run.say(f"evaluated {label}: mean Spearman {score:.1f} ({seconds:.0f} s)")
-    results = {"rows": rows, "bootstrap": None, **circumstances(run)}
-    if label.startswith("student") and run.sts:
-        results["bootstrap"] = bootstrap(run.sts, cosines["assistant"], cosines[label])
+    compared = label.startswith("student") and run.sts
+    git = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
+    results = {
+        "rows": rows,
+        "bootstrap": bootstrap(run.sts, cosines["assistant"], cosines[label]) if compared else None,
+        "stages": [e for e in read_log(run.out) if e.get("done")],
+        "arguments": run.identity,
+        "seed": run.args.seed,
+        "dtype": run.args.dtype,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {run.args.device}, {run.world} processes",
+        "versions": {m.__name__: m.__version__ for m in (torch, tokenizers, np)},
+        "git": subprocess.run("git describe --always --dirty", **git).stdout.strip() or None,
+    }
     with M.atomic(run.out / "results.json") as tmp:
         tmp.write_text(json.dumps(results, indent=1), "utf-8")
     M.delete(run.out / "checkpoint.safetensors")
     if not run.args.keep:
         M.delete(run.out / "stages")
-    print_table(results)
+    run.say(table(results))
 
 
-def dev_pairs(dev):
-    """{language: (english, translations)} of the dev files, by their names, en-XX."""
-    pairs, end = {}, 0
-    for r in dev.report if dev else []:
-        m = re.search(r"en-([a-z]{2,3})\b", r["file"])
-        start, end = end, end + r["kept"]
-        sides = pairs.setdefault(m[1] if m else r["file"], ([], []))
-        for side, ids in zip(sides, dev.pairs[start:end].T):
-            side.extend(dev.texts(ids))
-    return {k: v for k, v in pairs.items() if v[0]}
-
-
-def circumstances(run):
-    """What results.json says of how a run was made; file names without folders."""
-    args, given, entries = run.args, dict(run.settings), read_log(run.out)
-    for k in ("train", "extra", "dev"):
-        given[k] = [Path(x).name for x in given[k]]
-    for k in ("teacher", "assistant", "sts"):
-        given[k] = given[k] and Path(given[k]).name
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    there = shutil.which("git")
-    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() if there else ""
-    done = [e for e in entries if e.get("done") and "stage" in e]
-    look = next(e["teacher"] for e in reversed(entries) if "teacher" in e)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}"
-    versions = {m.__name__: m.__version__ for m in (torch, tokenizers, np)}
-    made = {"stages": done, "teacher_look": look, "arguments": given, "seed": args.seed}
-    made |= {"git": revision or None, "dtype": args.dtype, "threads": torch.get_num_threads()}
-    made |= {"processes": run.world, "machine": machine, "python": platform.python_version()}
-    return {**made, "versions": versions}
-
-
-def print_table(results):
-    """The whole story of a run, from its results.json."""
+def table(results):
+    """The whole story of a run as text, from its results.json."""
     rows, scores, dev, sizes = results["rows"], {}, {}, {}
     names = list(rows["assistant"]["spearman"])
     for label, row in rows.items():
@@ -943,33 +852,35 @@ def print_table(results):
             total = row["sizes"]["total"]
             share = total / rows["assistant"]["sizes"]["total"]
             sizes[label.split(",")[0]] = *row["sizes"].values(), total * 4 / 2**20, share
-    show(["Spearman x 100", *names, "mono", "cross", "all"], [".1f"] * (len(names) + 3), scores)
+    heads = ["Spearman x 100", *names, "mono", "cross", "all"]
+    lines = aligned(heads, [".1f"] * (len(names) + 3), scores)
     heads = ["dev pairs, mean of languages", "en->xx", "xx->en", "100 MSE en", "100 MSE xx"]
-    show(heads, [".1f", ".1f", ".3f", ".3f"], dev)
+    lines += aligned(heads, [".1f", ".1f", ".3f", ".3f"], dev)
     heads = ["parameters", "embedding", "layers", "other", "total", "MB f32", "of assistant"]
-    show(heads, [",", ",", ",", ",", ".1f", ".1%"], sizes)
+    lines += aligned(heads, [",", ",", ",", ",", ".1f", ".1%"], sizes)
     if results["bootstrap"]:
         known = [(k, *v) for k, v in results["bootstrap"].items() if not math.isnan(v[0])]
         bounds = ", ".join(f"{k} {d:+.1f} ({low:+.1f} to {high:+.1f})" for k, d, low, high in known)
-        print(f"\nstudent - assistant, with 95 % of paired resamples: {bounds}")
+        lines += ["", f"student - assistant, with 95 % of paired resamples: {bounds}"]
     seconds = ", ".join(f"{e['stage']} {e['seconds']:.0f} s" for e in results["stages"])
     how = f"{results['dtype']}, {results['threads']} threads, seed {results['seed']}"
-    print(f"\n{seconds}; {how}", flush=True)
+    return "\n".join([*lines, "", f"{seconds}; {how}"])
 
 
-def show(heads, formats, rows):
-    """Print a table: rows {label: values}, under heads, the labels' first; nan as "-"."""
-    lines = [heads]
+def aligned(heads, formats, rows):
+    """Lines of a table: rows {label: values}, under heads, the labels' first; nan as "-"."""
+    cells = [heads]
     for label, values in rows.items():
-        cells = zip(values, formats)
-        lines.append([label, *("-" if math.isnan(v) else format(v, f) for v, f in cells)])
-    widths = [max(map(len, column)) + 2 for column in zip(*lines)]
-    print()
-    for label, *cells in lines:
-        print(label.ljust(widths[0]) + "".join(c.rjust(w) for c, w in zip(cells, widths[1:])))
+        shown = ("-" if math.isnan(v) else format(v, f) for v, f in zip(values, formats))
+        cells.append([label, *shown])
+    widths = [max(map(len, column)) + 2 for column in zip(*cells)]
+    lines = [""]
+    for label, *numbers in cells:
+        lines.append(label.ljust(widths[0]) + "".join(map(str.rjust, numbers, widths[1:])))
+    return lines
 
 
-# ---------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------ the command
 def execute(args):
     """Run, continue or report a run in args.out."""
     run, file = Run(args), args.out / "results.json"
@@ -978,28 +889,21 @@ def execute(args):
     keep_memory()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.on_signal)
-    identity = same_run(run)
+    run.identity = same_run(run)
     if not file.exists():
-        return pipeline(run, identity)
+        return pipeline(run)
     run.say("this run is finished; without its results.json the same command evaluates it again")
-    try:
-        return run.rank == 0 and print_table(M.read_json(file))
-    except (KeyError, TypeError, AttributeError, ValueError):
-        fix = "damaged; delete it and run the same command to write it again"
-        raise InputError(f"{file}: {fix}") from None
+    with M.reading(file, "a run's results", "; delete it and run the same command again"):
+        text = table(M.read_json(file))
+    run.say(text)
 
 
 def main(argv=None):
     try:
         execute(parse(argv))
-    except Stop as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(e, file=sys.stderr)
-        sys.exit(e.code)
     except RuntimeError as e:
-        signs = ("gloo", "peer", "Broken pipe", "Timed out")
-        lost = isinstance(e, dist.DistError) or any(x in str(e) for x in signs)
-        if not dist.is_initialized() or not lost:
+        lost = isinstance(e, dist.DistError) or "gloo" in str(e)  # it has no class of its own
+        if not (lost and dist.is_initialized()):
             raise
         who = f"process {dist.get_rank()} lost the others: one of them has ended"
         fix = "says why above unless it was killed. The same command continues from the checkpoint"

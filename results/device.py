@@ -69,7 +69,7 @@ def training(folder, pairs, size, seconds=20):
             continue
         sides = [model.batch(*side, rows) for side in tokens]
         sum(msd.stage_loss(1, model, *sides, target).values()).backward()
-        train.clip_gradients(model, msd.CLIP)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), msd.CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         shapes |= {ids.shape for ids, _ in sides}
