@@ -448,10 +448,12 @@ class Embeddings(nn.Module):
         super().__init__()
         self.config, H = c, c.hidden_size
         width = c.bottleneck_size or H
-        self.word = WordTable(c.vocab_size, width, padding_idx=c.pad_token_id)
+        # At zero, as all is set later: nn.Embedding(), on meta, imports a second's worth of torch
+        table = functools.partial(WordTable.from_pretrained, freeze=False)
+        self.word = table(torch.zeros(c.vocab_size, width), padding_idx=c.pad_token_id)
         self.project = Linear(width, H, bias=False) if c.bottleneck_size else None
-        self.position = nn.Embedding(c.max_position_embeddings, H)
-        self.token_type = nn.Embedding(c.type_vocab_size, H)
+        self.position = table(torch.zeros(c.max_position_embeddings, H))
+        self.token_type = table(torch.zeros(c.type_vocab_size, H))
         self.norm = LayerNorm(H, eps=c.layer_norm_eps)
 
     def forward(self, ids, dtype):  # ids (N, T)
