@@ -19,6 +19,7 @@ import contextlib
 import difflib
 import functools
 import glob
+import hashlib
 import itertools
 import json
 import logging
@@ -131,6 +132,25 @@ def read_json(path, kind=dict):
         value = json.loads(Path(path).read_bytes().decode("utf-8"))
         need(isinstance(value, kind), f"a {type(value).__name__}, expected a {kind.__name__}")
     return value
+
+
+def digest(*parts):
+    """A short hex digest of files (Path) and values: names what was made of them."""
+    h = hashlib.blake2b(digest_size=10)
+    for part in parts:
+        if isinstance(part, Path):
+            with reading(part, "readable"), open(part, "rb") as f:
+                part = hashlib.file_digest(f, "blake2b").hexdigest()
+        h.update(repr(part).encode() + b"\0")
+    return h.hexdigest()
+
+
+def fingerprint(folder):
+    """Names a model directory by its content. Raises: InputError where there is none."""
+    files = sorted(f for x in ("safetensors", "json") for f in Path(folder).glob(f"**/*.{x}"))
+    expected = "expected config.json, tokenizer.json and model.safetensors in it"
+    need(files, f"{folder}: no model directory; {expected}")
+    return digest(*files)
 
 
 # ------------------------------------------------------------------------------------ safetensors

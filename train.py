@@ -34,7 +34,7 @@ import data
 import model as M
 import msd
 from demo import corpus as demo
-from model import InputError, need, put
+from model import InputError, fingerprint, need, put
 
 try:
     import fcntl
@@ -290,14 +290,6 @@ def same_run(run):
         fix = f"Give the old value to continue, {other}"
         need(same, f"{run.out}: this run was {was}, now it is {now[key]!r}. {fix}")
     return now
-
-
-def fingerprint(folder):
-    """Names a model directory by its content. Raises: InputError where there is none."""
-    files = sorted(f for x in ("safetensors", "json") for f in Path(folder).glob(f"**/*.{x}"))
-    expected = "expected config.json, tokenizer.json and model.safetensors in it"
-    need(files, f"{folder}: no model directory; {expected}")
-    return data.digest(*files)
 
 
 # --------------------------------------------------------------------------------------- the loop
