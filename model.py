@@ -616,12 +616,12 @@ class Encoder(nn.Module):
         return put(ids, self.device), put(mask, self.device)
 
     @torch.inference_mode()
-    def embed(self, flat, starts, layers=True, budget=None, progress=None):
+    def embed(self, flat, starts, layers=True, budget=None, progress=None, most=None):
         """Vectors (n, width) float32, in input order, of tokenised sentences; before any Normalize.
 
         Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory
         stays bounded. The budget is measured: on a CPU the activations should stay in its cache,
-        a GPU wants to be filled. progress: called with (done, all).
+        a GPU wants to be filled. progress: called with (done, all). most: sentences at once.
         """
         was_training, lengths = self.training, np.diff(starts)
         self.eval()
@@ -631,7 +631,8 @@ class Encoder(nn.Module):
         width = self.config.width if layers else self.config.hidden_size
         out = torch.empty(len(lengths), width, device=self.device)
         while i < len(order):
-            rows = order[i : i + max(1, budget // int(lengths[order[i]]))]
+            fit = min(budget // int(lengths[order[i]]), most or len(order))
+            rows = order[i : i + max(1, fit)]
             out[put(rows, self.device)] = self(*self.batch(flat, starts, rows), layers)
             i += len(rows)
             if progress:
@@ -639,20 +640,21 @@ class Encoder(nn.Module):
         self.train(was_training)
         return out.cpu().numpy()
 
-    def encode(self, texts, normalize=None, prompt=None, progress=None):
+    def encode(self, texts, normalize=None, prompt=None, progress=None, batch=None):
         """Texts -> float32 array (n, width) in input order; a single str -> (width,).
 
         texts: any iterable of str. normalize: unit vectors; prompt: put before every text; None:
-        as the model's files say. Raises: InputError with the index of what is no text.
+        as the model's files say. progress: called with (done, all); None: shown on a terminal.
+        batch: texts at once, at most. Raises: InputError with the index of what is no text.
         """
         single = isinstance(texts, str)
         texts = [texts] if single else list(texts)
-        bad = next((i for i, t in enumerate(texts) if not is_text(t)), None)
-        if bad is not None:
-            raise InputError(
-                f"text {bad} is {texts[bad]!r:.60}, expected a str of whole characters"
-            )
-        out = self.embed(*self.tokenize(texts, prompt), progress=progress)
+        for i, t in enumerate(texts):
+            if not is_text(t):
+                raise InputError(f"text {i} is {t!r:.60}, expected a str of whole characters")
+        if progress is None and sys.stderr and sys.stderr.isatty():
+            progress = meter("encode")
+        out = self.embed(*self.tokenize(texts, prompt), progress=progress, most=batch)
         normalize = self.config.normalize if normalize is None else normalize
         out = unit(out) if normalize else out
         return out[0] if single else out

@@ -2553,7 +2553,7 @@ def test_lines_that_are_suspicious(tmp_path):
         list(data.read_pairs(write(tmp_path / "b.tsv.gz", gzip.compress(three.encode())), {}))
 
 
-def test_encode_takes_what_people_give(tokenizer):
+def test_encode_takes_what_people_give(tokenizer, monkeypatch):
     m = tiny(tokenizer)
     want = m.encode(TEXTS)
     assert np.array_equal(m.encode(t for t in TEXTS), want)
@@ -2570,6 +2570,13 @@ def test_encode_takes_what_people_give(tokenizer):
     ):
         with pytest.raises(M.InputError, match=message):
             m.encode(["a", bad])
+    sizes, shown = [], []
+    m.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    monkeypatch.setattr(M, "meter", lambda what: lambda *at: shown.append(at))
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda t=terminal: t)
+        assert apart(m.encode(TEXTS, batch=2), want) < 1e-5 and sizes[-4:] == [2, 2, 2, 1]
+        assert shown == [(2, 7), (4, 7), (6, 7), (7, 7)] * terminal
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     assert np.array_equal(m.encode(pandas.Series(TEXTS)), want)
 
