@@ -5,7 +5,7 @@ This is the one file to copy where a model is used. It reads bottom-up:
     files | safetensors | configuration | layers | the encoder | loading | export | use
 
     python model.py similarity MODEL "A man reads." "Ein Mann liest."
-    python model.py search MODEL corpus.txt "query in any language" [--top 5]
+    python model.py search MODEL corpus.txt ["query in any language"] [--top 5] [--index MODEL2]
     python model.py encode MODEL < lines.txt > vectors.npy
     python model.py info MODEL
     python model.py export MODEL OUT [--weights float16|int8] [--onnx] [--plain]
@@ -1262,9 +1262,63 @@ def describe(model):
     return "\n".join(lines)
 
 
+def blocks(vectors, rows=4096):
+    """Stored vectors in float32, so many rows at a time: all at once may not fit."""
+    for i in range(0, len(vectors), rows):
+        yield vectors[i : i + rows].astype(np.float32)
+
+
+def corpus_vectors(args, lines, model):
+    """Unit vectors (n, width) float16 of a corpus, for queries by `model`; stored beside it.
+
+    Raises: InputError for a file that holds no such vectors, and for models of two widths.
+    """
+    source, shape = args.index or args.model, (len(lines), model.config.width)
+    file = f"{args.corpus}.{digest(lines, fingerprint(source))}.npy"
+    if os.path.exists(file):
+        fix = "; " + "choose models of one width, or " * bool(args.index) + "delete it"
+        with reading(file, f"float16 {shape} by {source} for queries by {args.model}", fix):
+            out = np.load(file, mmap_mode="r")
+            need(out.dtype == np.float16 and out.shape == shape, f"{out.dtype} {out.shape}")
+            off = [abs(np.linalg.norm(x, axis=1) - 1).max() for x in blocks(out)]
+            need(all(x < 0.01 for x in off), "not all rows are unit vectors")  # NaN is not, either
+            return out
+    maker = load(args.index, args.dtype) if args.index else model
+    widths = f"{args.model} makes vectors of {shape[1]}, {source} of {maker.config.width}"
+    need(maker.config.width == shape[1], f"{widths}; choose models of one width")
+    out = maker.encode(lines, normalize=True, progress=meter(args.corpus)).astype(np.float16)
+    need(out.any(1).all() and np.isfinite(out).all(), f"{source}: makes vectors that are 0 or NaN")
+    try:
+        if args.corpus != "-":
+            with atomic(file) as tmp, open(tmp, "wb") as f:
+                np.save(f, out)
+            note(f"{file}: the vectors of {args.corpus}, stored for the next query")
+    except InputError as e:
+        note(f"the vectors are not stored: {e}")
+    return out
+
+
+def search(args, model):
+    """Print the lines of a corpus that are nearest to the query, or to each of standard input."""
+    need(args.query is not None or args.corpus != "-", "a corpus on standard input needs a query")
+    lines = read_texts(args.corpus)
+    vectors, queries = corpus_vectors(args, lines, model), [args.query]
+    if args.query is None:
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # encode() complains
+        queries = filter(None, map(str.strip, sys.stdin))  # as they come
+        if sys.stdin.isatty():
+            note("type a query a line; Ctrl-D ends")
+    for query in queries:
+        q = model.encode(query, normalize=True)  # (width,)
+        scores = np.concatenate([unit(x) @ q for x in blocks(vectors)])  # (n,)
+        for i in np.argsort(-scores, kind="stable")[: args.top]:
+            print(f"{scores[i]:.4f}\t{i + 1}\t{lines[i]}")
+        print(end="\n" if args.query is None else "", flush=True)
+
+
 COMMANDS = {  # name: (arguments after the model, what it does)
     "similarity": (("a", "b"), "the cosine of two sentences"),
-    "search": (("corpus", "query"), "the lines of a text file that are nearest to a query"),
+    "search": (("corpus",), "the lines of a text file that are nearest to a query"),
     "encode": ((), "lines of standard input to vectors, a .npy file on standard output"),
     "info": ((), "shape and size"),
     "export": (("out",), "a folder ready to upload, for other programs, too"),
@@ -1280,7 +1334,10 @@ def main(argv=None):
         sub = commands.add_parser(name, help=text, description=text)
         for argument in ("model", *arguments):
             sub.add_argument(argument)
-    commands.choices["search"].add_argument("--top", type=int, default=5, help="lines to show")
+    add = commands.choices["search"].add_argument
+    add("query", nargs="?", help="without one, each line of standard input is a query")
+    add("--top", type=int, default=5, help="lines to show")
+    add("--index", metavar="MODEL2", help="encodes the corpus, MODEL the queries; of one space")
     add = commands.choices["export"].add_argument
     add("--weights", choices=("float32", "float16", "int8"), default="float32")
     add("--onnx", action="store_true", help="for ONNX Runtime, transformers.js and fastembed, too")
@@ -1296,11 +1353,7 @@ def main(argv=None):
         a, b = unit(model.encode([args.a, args.b]))
         print(f"{float(a @ b):.4f}")
     elif args.command == "search":
-        lines = read_texts(args.corpus)
-        vectors = unit(model.encode(lines, progress=meter(args.corpus)))
-        scores = vectors @ unit(model.encode(args.query))  # (n,)
-        for i in np.argsort(-scores, kind="stable")[: args.top]:
-            print(f"{scores[i]:.4f}\t{i + 1}\t{lines[i]}")
+        search(args, model)
     elif args.command == "encode":
         np.save(sys.stdout.buffer, model.encode(read_texts("-"), progress=meter("encode")))
     else:
