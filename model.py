@@ -631,8 +631,7 @@ class Encoder(nn.Module):
         width = self.config.width if layers else self.config.hidden_size
         out = torch.empty(len(lengths), width, device=self.device)
         while i < len(order):
-            fit = min(budget // int(lengths[order[i]]), most or len(order))
-            rows = order[i : i + max(1, fit)]
+            rows = order[i : i + max(1, min(most or len(order), budget // int(lengths[order[i]])))]
             out[put(rows, self.device)] = self(*self.batch(flat, starts, rows), layers)
             i += len(rows)
             if progress:
