@@ -29,7 +29,7 @@ from tokenizers import (
     trainers,
 )
 
-from model import InputError, atomic, need, read_json, reading
+from model import InputError, atomic, digest, need, read_json, reading
 
 # ---------------------------------------------------------------------------------- reading files
 LINE_LIMIT = 1 << 20  # bytes; a longer line is no sentence pair
@@ -200,17 +200,6 @@ def read_sts(folder):
 
 
 # ---------------------------------------------------------------------------------- the disk store
-def digest(*parts):
-    """A short hex digest of files (Path) and values, the key of everything in the cache."""
-    h = hashlib.blake2b(digest_size=10)
-    for part in parts:
-        if isinstance(part, Path):
-            with open(part, "rb") as f:
-                part = hashlib.file_digest(f, "blake2b").hexdigest()
-        h.update(repr(part).encode() + b"\0")
-    return h.hexdigest()
-
-
 def open_array(path):
     """A memory-mapped array of the cache. Raises: InputError if it is damaged."""
     try:

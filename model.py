@@ -5,7 +5,7 @@ This is the one file to copy where a model is used. It reads bottom-up:
     files | safetensors | configuration | layers | the encoder | loading | export | use
 
     python model.py similarity MODEL "A man reads." "Ein Mann liest."
-    python model.py search MODEL corpus.txt "query in any language" [--top 5]
+    python model.py search MODEL corpus.txt ["query in any language"] [--top 5] [--index MODEL2]
     python model.py encode MODEL < lines.txt > vectors.npy
     python model.py info MODEL
     python model.py export MODEL OUT [--weights float16|int8] [--onnx] [--plain]
@@ -19,6 +19,7 @@ import contextlib
 import difflib
 import functools
 import glob
+import hashlib
 import itertools
 import json
 import logging
@@ -131,6 +132,25 @@ def read_json(path, kind=dict):
         value = json.loads(Path(path).read_bytes().decode("utf-8"))
         need(isinstance(value, kind), f"a {type(value).__name__}, expected a {kind.__name__}")
     return value
+
+
+def digest(*parts):
+    """A short hex digest of files (Path) and values: names what was made of them."""
+    h = hashlib.blake2b(digest_size=10)
+    for part in parts:
+        if isinstance(part, Path):
+            with reading(part, "readable"), open(part, "rb") as f:
+                part = hashlib.file_digest(f, "blake2b").hexdigest()
+        h.update(repr(part).encode() + b"\0")
+    return h.hexdigest()
+
+
+def fingerprint(folder):
+    """Names a model directory by its content. Raises: InputError where there is none."""
+    files = sorted(f for x in ("safetensors", "json") for f in Path(folder).glob(f"**/*.{x}"))
+    expected = "expected config.json, tokenizer.json and model.safetensors in it"
+    need(files, f"{folder}: no such model directory; {expected}")
+    return digest(*files)
 
 
 # ------------------------------------------------------------------------------------ safetensors
@@ -448,10 +468,12 @@ class Embeddings(nn.Module):
         super().__init__()
         self.config, H = c, c.hidden_size
         width = c.bottleneck_size or H
-        self.word = WordTable(c.vocab_size, width, padding_idx=c.pad_token_id)
+        # At zero, as all is set later: nn.Embedding(), on meta, imports a second's worth of torch
+        table = functools.partial(WordTable.from_pretrained, freeze=False)
+        self.word = table(torch.zeros(c.vocab_size, width), padding_idx=c.pad_token_id)
         self.project = Linear(width, H, bias=False) if c.bottleneck_size else None
-        self.position = nn.Embedding(c.max_position_embeddings, H)
-        self.token_type = nn.Embedding(c.type_vocab_size, H)
+        self.position = table(torch.zeros(c.max_position_embeddings, H))
+        self.token_type = table(torch.zeros(c.type_vocab_size, H))
         self.norm = LayerNorm(H, eps=c.layer_norm_eps)
 
     def forward(self, ids, dtype):  # ids (N, T)
@@ -594,12 +616,12 @@ class Encoder(nn.Module):
         return put(ids, self.device), put(mask, self.device)
 
     @torch.inference_mode()
-    def embed(self, flat, starts, layers=True, budget=None, progress=None):
+    def embed(self, flat, starts, layers=True, budget=None, progress=None, most=None):
         """Vectors (n, width) float32, in input order, of tokenised sentences; before any Normalize.
 
         Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory
         stays bounded. The budget is measured: on a CPU the activations should stay in its cache,
-        a GPU wants to be filled. progress: called with (done, all).
+        a GPU wants to be filled. progress: called with (done, all). most: sentences at once.
         """
         was_training, lengths = self.training, np.diff(starts)
         self.eval()
@@ -609,7 +631,7 @@ class Encoder(nn.Module):
         width = self.config.width if layers else self.config.hidden_size
         out = torch.empty(len(lengths), width, device=self.device)
         while i < len(order):
-            rows = order[i : i + max(1, budget // int(lengths[order[i]]))]
+            rows = order[i : i + max(1, min(most or len(order), budget // int(lengths[order[i]])))]
             out[put(rows, self.device)] = self(*self.batch(flat, starts, rows), layers)
             i += len(rows)
             if progress:
@@ -617,20 +639,21 @@ class Encoder(nn.Module):
         self.train(was_training)
         return out.cpu().numpy()
 
-    def encode(self, texts, normalize=None, prompt=None, progress=None):
+    def encode(self, texts, normalize=None, prompt=None, progress=None, batch=None):
         """Texts -> float32 array (n, width) in input order; a single str -> (width,).
 
         texts: any iterable of str. normalize: unit vectors; prompt: put before every text; None:
-        as the model's files say. Raises: InputError with the index of what is no text.
+        as the model's files say. progress: called with (done, all); None: shown on a terminal.
+        batch: texts at once, at most. Raises: InputError with the index of what is no text.
         """
         single = isinstance(texts, str)
         texts = [texts] if single else list(texts)
-        bad = next((i for i, t in enumerate(texts) if not is_text(t)), None)
-        if bad is not None:
-            raise InputError(
-                f"text {bad} is {texts[bad]!r:.60}, expected a str of whole characters"
-            )
-        out = self.embed(*self.tokenize(texts, prompt), progress=progress)
+        for i, t in enumerate(texts):
+            if not is_text(t):
+                raise InputError(f"text {i} is {t!r:.60}, expected a str of whole characters")
+        if progress is None and sys.stderr and sys.stderr.isatty():
+            progress = meter("encode")
+        out = self.embed(*self.tokenize(texts, prompt), progress=progress, most=batch)
         normalize = self.config.normalize if normalize is None else normalize
         out = unit(out) if normalize else out
         return out[0] if single else out
@@ -1238,9 +1261,63 @@ def describe(model):
     return "\n".join(lines)
 
 
+def blocks(vectors, rows=4096):
+    """Stored vectors in float32, so many rows at a time: all at once may not fit."""
+    for i in range(0, len(vectors), rows):
+        yield vectors[i : i + rows].astype(np.float32)
+
+
+def corpus_vectors(args, lines, model):
+    """Unit vectors (n, width) float16 of a corpus, for queries by `model`; stored beside it.
+
+    Raises: InputError for a file that holds no such vectors, and for models of two widths.
+    """
+    source, shape = args.index or args.model, (len(lines), model.config.width)
+    file = f"{args.corpus}.{digest(lines, fingerprint(source))}.npy"
+    if os.path.exists(file):
+        fix = "; " + "choose models of one width, or " * bool(args.index) + "delete it"
+        with reading(file, f"float16 {shape} by {source} for queries by {args.model}", fix):
+            out = np.load(file, mmap_mode="r")
+            need(out.dtype == np.float16 and out.shape == shape, f"{out.dtype} {out.shape}")
+            off = [abs(np.linalg.norm(x, axis=1) - 1).max() for x in blocks(out)]
+            need(all(x < 0.01 for x in off), "not all rows are unit vectors")  # NaN is not, either
+            return out
+    maker = load(args.index, args.dtype) if args.index else model
+    widths = f"{args.model} makes vectors of {shape[1]}, {source} of {maker.config.width}"
+    need(maker.config.width == shape[1], f"{widths}; choose models of one width")
+    out = maker.encode(lines, normalize=True, progress=meter(args.corpus)).astype(np.float16)
+    need(out.any(1).all() and np.isfinite(out).all(), f"{source}: makes vectors that are 0 or NaN")
+    try:
+        if args.corpus != "-":
+            with atomic(file) as tmp, open(tmp, "wb") as f:
+                np.save(f, out)
+            note(f"{file}: the vectors of {args.corpus}, stored for the next query")
+    except InputError as e:
+        note(f"the vectors are not stored: {e}")
+    return out
+
+
+def search(args, model):
+    """Print the lines of a corpus that are nearest to the query, or to each of standard input."""
+    need(args.query is not None or args.corpus != "-", "a corpus on standard input needs a query")
+    lines = read_texts(args.corpus)
+    vectors, queries = corpus_vectors(args, lines, model), [args.query]
+    if args.query is None:
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # encode() complains
+        queries = filter(None, map(str.strip, sys.stdin))  # as they come
+        if sys.stdin.isatty():
+            note("type a query a line; Ctrl-D ends")
+    for query in queries:
+        q = model.encode(query, normalize=True)  # (width,)
+        scores = np.concatenate([unit(x) @ q for x in blocks(vectors)])  # (n,)
+        for i in np.argsort(-scores, kind="stable")[: args.top]:
+            print(f"{scores[i]:.4f}\t{i + 1}\t{lines[i]}")
+        print(end="\n" if args.query is None else "", flush=True)
+
+
 COMMANDS = {  # name: (arguments after the model, what it does)
     "similarity": (("a", "b"), "the cosine of two sentences"),
-    "search": (("corpus", "query"), "the lines of a text file that are nearest to a query"),
+    "search": (("corpus",), "the lines of a text file that are nearest to a query"),
     "encode": ((), "lines of standard input to vectors, a .npy file on standard output"),
     "info": ((), "shape and size"),
     "export": (("out",), "a folder ready to upload, for other programs, too"),
@@ -1256,7 +1333,10 @@ def main(argv=None):
         sub = commands.add_parser(name, help=text, description=text)
         for argument in ("model", *arguments):
             sub.add_argument(argument)
-    commands.choices["search"].add_argument("--top", type=int, default=5, help="lines to show")
+    add = commands.choices["search"].add_argument
+    add("query", nargs="?", help="without one, each line of standard input is a query")
+    add("--top", type=int, default=5, help="lines to show")
+    add("--index", metavar="MODEL2", help="encodes the corpus, MODEL the queries; of one space")
     add = commands.choices["export"].add_argument
     add("--weights", choices=("float32", "float16", "int8"), default="float32")
     add("--onnx", action="store_true", help="for ONNX Runtime, transformers.js and fastembed, too")
@@ -1272,11 +1352,7 @@ def main(argv=None):
         a, b = unit(model.encode([args.a, args.b]))
         print(f"{float(a @ b):.4f}")
     elif args.command == "search":
-        lines = read_texts(args.corpus)
-        vectors = unit(model.encode(lines, progress=meter(args.corpus)))
-        scores = vectors @ unit(model.encode(args.query))  # (n,)
-        for i in np.argsort(-scores, kind="stable")[: args.top]:
-            print(f"{scores[i]:.4f}\t{i + 1}\t{lines[i]}")
+        search(args, model)
     elif args.command == "encode":
         np.save(sys.stdout.buffer, model.encode(read_texts("-"), progress=meter("encode")))
     else:

@@ -9,6 +9,7 @@ import ast
 import functools
 import gzip
 import importlib
+import io
 import json
 import math
 import os
@@ -2026,6 +2027,145 @@ def test_using_a_model(world, finished, tmp_path, capsys):
     assert gone.stderr.count("\n") == 1
 
 
+@pytest.fixture
+def search(tokenizer, tmp_path, capsys, monkeypatch):
+    """Runs the command beside a corpus and two models: what it prints. search.seen: what it loads
+    and encodes."""
+    for seed, name in enumerate(("small", "large")):
+        tiny(tokenizer, seed).save(tmp_path / name)
+    write(tmp_path / "corpus.txt", "red old\nblue new\ntwo dogs run\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(M.blocks, "__defaults__", (2,))  # rows: three lines are two blocks
+
+    def spy(where, name):
+        real = getattr(where, name)
+        call = lambda *a, **k: (run.seen.append(a[where is M.Encoder]), real(*a, **k))[1]
+        monkeypatch.setattr(where, name, call)
+
+    def run(*args, model="small", corpus="corpus.txt", typed=b"", terminal=False):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
+        sys.stdin.isatty = lambda: terminal
+        M.note.cache_clear()
+        capsys.readouterr()
+        run.seen = []
+        M.main(["search", model, corpus, *args])
+        return capsys.readouterr()
+
+    spy(M, "load")
+    spy(M.Encoder, "encode")
+    return run
+
+
+def stored():
+    return sorted(map(str, Path().glob("*.npy")))
+
+
+def test_search_stores_the_corpus(search, tokenizer):
+    first = search("blue new")
+    assert first.out.splitlines()[0] == "1.0000\t2\tblue new"
+    (file,) = stored()
+    vectors, want = np.load(file), M.load("small").encode(["red old", "blue new", "two dogs run"])
+    assert re.fullmatch(r"corpus\.txt\.\w+\.npy", file) and file in first.err
+    assert vectors.dtype == np.float16 and apart(vectors, M.unit(want)) < 1e-3
+    again = search("blue new")
+    assert again.out == first.out and not again.err and search.seen == ["small", "blue new"]
+    before = Path(file).read_bytes()
+    write(Path("corpus.txt"), "red old\nblue old\ntwo dogs run\n")
+    search("blue new")
+    tiny(tokenizer, 2).save("small")
+    search("blue new")
+    assert len(stored()) == 3 and Path(file).read_bytes() == before
+
+
+def changed(**change):
+    """Stored vectors that are not what was stored: another dtype, other rows, a value."""
+
+    def damage(file):
+        v = np.load(file)
+        v[-1, 0] = change.get("value", v[-1, 0])
+        np.save(file, v.astype(change.get("dtype", v.dtype))[change.get("rows", slice(None))])
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: write(f, f.read_bytes()[:-5]), "mmap length is greater"),
+        (lambda f: write(f, f.read_bytes()[:50]), "EOF"),
+        (lambda f: write(f, b""), "No data"),
+        (lambda f: write(f, "red old\n"), "pickle"),
+        (lambda f: np.savez(open(f, "wb"), x=np.zeros(3)), "dtype"),
+        (changed(dtype=np.float32), r"float32 \(3, 32\)"),
+        (changed(dtype=">f2"), r">f2 \(3, 32\)"),
+        (changed(dtype=object), "Python objects"),
+        (changed(rows=slice(2)), r"float16 \(2, 32\)"),
+        (changed(rows=(slice(None), slice(9))), r"float16 \(3, 9\)"),
+        (changed(value=math.nan), "unit"),
+        (changed(value=math.inf), "unit"),
+        (changed(value=2), "unit"),
+    ],
+)
+def test_search_refuses_a_damaged_store(search, damage, message):
+    search("blue new")
+    (file,) = stored()
+    damage(Path(file))
+    with pytest.raises(
+        M.InputError, match=rf"^{file}: not float16 \(3, 32\) .*{message}.*delete it$"
+    ):
+        search("blue new")
+    assert stored() == [file]
+
+
+def test_search_without_a_store(search):
+    want = search("blue new").out
+    shutil.copy("corpus.txt", name := "x" * 240)  # its vectors' name is too long for a file
+    got = search("blue new", corpus=name)
+    assert got.out == want and "not stored" in got.err and "cannot write" in got.err
+    got = search("blue new", corpus="-", typed=Path("corpus.txt").read_bytes())
+    assert got.out == want and not got.err and len(stored()) == 1
+    with pytest.raises(M.InputError, match="needs a query"):
+        search(corpus="-")
+
+
+def test_search_reads_queries(search):
+    want = "".join(search(q).out + "\n" for q in ("blue new", "two dogs"))
+    got = search(typed=b"\xef\xbb\xbfblue new\r\n\n  \ntwo dogs", terminal=True)
+    assert got.out == want and "Ctrl-D" in got.err and search.seen[0] == "small"
+    assert not search(typed=b"\n").out
+    with pytest.raises(M.InputError, match="whole characters"):
+        search(typed=b"caf\xe9\n")
+    args = [sys.executable, HERE / "model.py", "search", "small", "corpus.txt", "--top", "1"]
+    with subprocess.Popen(args, stdin=-1, stdout=-1, text=True) as process:
+        for query in ("blue new", "two dogs run"):  # each answer comes before the next question
+            print(query, file=process.stdin, flush=True)
+            assert query in process.stdout.readline() and process.stdout.readline() == "\n"
+
+
+def test_search_by_a_larger_model(search, tokenizer):
+    got = search("blue new", "--index", "large").out
+    small, large = M.load("small"), M.load("large")
+    cos = M.unit(large.encode(["red old", "blue new", "two dogs run"])) @ M.unit(
+        small.encode("blue new")
+    )
+    assert [float(x[:6]) for x in got.splitlines()] == pytest.approx(sorted(cos)[::-1], abs=1e-3)
+    assert search("blue new", "--index", "large").out == got and search.seen == [
+        "small",
+        "blue new",
+    ]
+    search("blue new", model="large")
+    assert len(stored()) == 1  # the same vectors
+    shutil.copytree("small", "twin")
+    assert search("red", "--index", "twin").out == search("red").out and len(stored()) == 2
+    tiny(tokenizer, hidden_size=16).save("narrow")
+    for known in (False, True):
+        with pytest.raises(M.InputError, match=".*narrow.* models of one width") as e:
+            search("red", "--index", "narrow")
+        assert re.search(r"small\b.*16|16.*small\b", str(e.value)) and "\n" not in str(e.value)
+        assert len(stored()) == 2 + known
+        search("red", model="narrow")
+
+
 # ----------------------------------------------------------------------------------------- export
 # Each program that an export is made for opens one, and gives our vectors.
 HOME = tempfile.TemporaryDirectory()  # transformers copies the code of a model there
@@ -2544,7 +2684,7 @@ def test_lines_that_are_suspicious(tmp_path):
         list(data.read_pairs(write(tmp_path / "b.tsv.gz", gzip.compress(three.encode())), {}))
 
 
-def test_encode_takes_what_people_give(tokenizer):
+def test_encode_takes_what_people_give(tokenizer, monkeypatch):
     m = tiny(tokenizer)
     want = m.encode(TEXTS)
     assert np.array_equal(m.encode(t for t in TEXTS), want)
@@ -2561,6 +2701,13 @@ def test_encode_takes_what_people_give(tokenizer):
     ):
         with pytest.raises(M.InputError, match=message):
             m.encode(["a", bad])
+    sizes, shown = [], []
+    m.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    monkeypatch.setattr(M, "meter", lambda what: lambda *at: shown.append(at))
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda t=terminal: t)
+        assert apart(m.encode(TEXTS, batch=2), want) < 1e-5 and sizes[-4:] == [2, 2, 2, 1]
+        assert shown == [(2, 7), (4, 7), (6, 7), (7, 7)] * terminal
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     assert np.array_equal(m.encode(pandas.Series(TEXTS)), want)
 

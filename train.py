@@ -35,7 +35,7 @@ import data
 import model as M
 import msd
 from demo import corpus as demo
-from model import InputError, need, put
+from model import InputError, fingerprint, need, put
 
 SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
 EVALS = 4  # dev readings a stage; the best one's weights are kept
@@ -266,9 +266,12 @@ def same_run(run):
     for flag in ("train", "extra", "dev"):
         now[flag] = [Path(pattern).name for pattern in now[flag]]
         now[f"content of --{flag}"] = data.digest(*expand(getattr(args, flag), f"--{flag}"))
-    for flag in ("teacher", "assistant", "sts"):
+    for flag in ("teacher", "assistant"):
         if folder := now[flag]:
             now[flag], now[f"content of --{flag}"] = Path(folder).name, fingerprint(folder)
+    if args.sts:
+        sets = sorted(f for f in Path(args.sts).glob("*") if f.is_file())
+        now["sts"], now["content of --sts"] = Path(args.sts).name, data.digest(*sets)
     now = json.loads(json.dumps(now))  # as a file gives it back
     before = M.read_json(file) if file.exists() else now
     for key in sorted(now | before):
@@ -277,12 +280,6 @@ def same_run(run):
         fix = "Give the old value to continue, choose another --out, or delete this folder"
         need(was == new, f"{began}. {fix} to start over")
     return now
-
-
-def fingerprint(folder):
-    """Names the models or the similarity sets in a folder by their content."""
-    kinds = ("safetensors", "json", "txt", "tsv", "gz")
-    return data.digest(*sorted(f for x in kinds for f in Path(folder).glob(f"**/*.{x}")))
 
 
 # --------------------------------------------------------------------------------------- the loop
