@@ -165,8 +165,8 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out, self.stop, self.busy = args, args.out, 0, False
-        self.rank = int(os.environ.get("RANK", 0))  # torchrun's
-        self.world, self.group = int(os.environ.get("WORLD_SIZE", 1)), None
+        self.world, self.group = int(os.environ.get("WORLD_SIZE", 1)), None  # torchrun's
+        self.rank = int(os.environ["RANK"]) if self.world > 1 else 0
         # Where the last model is there, only the table is missing; what came before may be gone.
         self.trained = Path(args.out, "assistant" if args.stages == [1] else "student").exists()
         if self.world > 1:
@@ -208,8 +208,8 @@ class Run:
 
     def on_signal(self, number, frame):
         """In a step: finish it, save, leave. Elsewhere leave at once: nothing is half-written."""
-        self.stop = number
-        if not self.busy:
+        again, self.stop = self.stop, number
+        if not self.busy and not again:
             self.leave(128 + number)
 
     def leave(self, code, why="stopped; the same command continues here"):
@@ -270,15 +270,15 @@ def same_run(run):
         if folder := now[flag]:
             now[flag], now[f"content of --{flag}"] = Path(folder).name, fingerprint(folder)
     if args.sts:
-        sets = sorted(f for f in Path(args.sts).glob("*") if f.is_file())
+        sets = sorted(f for f in Path(args.sts).glob("[!.]*") if f.is_file())
         now["sts"], now["content of --sts"] = Path(args.sts).name, data.digest(*sets)
     now = json.loads(json.dumps(now))  # as a file gives it back
     before = M.read_json(file) if file.exists() else now
     for key in sorted(now | before):
         was, new = before.get(key), now.get(key)
         began = f"{run.out}: this run was started with {key} {was!r}, now it is {new!r}"
-        fix = "Give the old value to continue, choose another --out, or delete this folder"
-        need(was == new, f"{began}. {fix} to start over")
+        fix = "Give the old value, or the revision of this code that began it, to continue; choose"
+        need(was == new, f"{began}. {fix} another --out, or delete this folder to start over")
     return now
 
 
@@ -294,8 +294,9 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
     optimizer = make_optimizer(model, lr)
     training = Training(run, name, model, optimizer, steps, loss_at)
     readings = {math.ceil(steps * (i + 1) / EVALS) for i in range(EVALS)} if dev_loss else ()
-    for step in range(training.restore(), steps):
-        run.busy = True  # a signal now waits for the end of the step
+    start = training.restore()
+    run.busy = True  # a signal now waits for the end of its step
+    for step in range(start, steps):
         seed = data.digest(run.args.seed, name, step, run.rank)  # of dropout
         torch.manual_seed(int(seed[:15], 16))
         for group in optimizer.param_groups:
@@ -314,9 +315,11 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
         stop, due = run.reduce(dist.ReduceOp.MAX, run.stop, due)
         if stop or due:
             training.save(step + 1)
-        run.busy = False
         if stop:  # a signal that comes during a save is seen one step later
             run.leave(128 + int(stop))
+    run.busy = False
+    if stop := run.reduce(dist.ReduceOp.MAX, run.stop)[0]:  # it came after the last step had asked
+        run.leave(128 + int(stop))
     training.finish()
 
 
@@ -377,6 +380,10 @@ class Training:
         if meta.get("stage") == self.name:
             fix = f"; delete it to begin {self.name} again"
             with M.reading(self.file, "a whole checkpoint", fix):
+                found, wanted = (
+                    {k: v.shape for k, v in x.items()} for x in (tensors, self.tensors)
+                )
+                need(found == wanted, "its tensors are not those of this model")
                 for k, v in self.tensors.items():
                     v.copy_(tensors[k])
                 step, self.best_loss = int(meta["step"]), float(meta["best"])
@@ -447,7 +454,7 @@ def read_log(folder):
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
-    return entries
+    return [e for e in entries if isinstance(e, dict)]
 
 
 # ------------------------------------------------------------------------------------- the stages
@@ -494,9 +501,9 @@ def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
         seed = args.seed, stage, epoch
         return data.batch_order(lengths.max(1), args.batch[stage - 1], seed)
 
-    first = batches(0)
-    steps = math.ceil((epochs or 1) * len(first))
-    seen = pairs[np.concatenate(first[:steps])]  # (m, 2)
+    one_pass = batches(0)
+    steps = math.ceil((epochs or 1) * len(one_pass))
+    seen = pairs[np.concatenate(one_pass[:steps])]  # (m, 2)
     wanted = np.unique(seen if row.own else seen[:, 0])
     name, progress = fingerprint(source), M.meter(f"targets of stage {stage}", run.say)
     with run.first():
@@ -516,7 +523,7 @@ def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
         return msd.stage_loss(stage, net, *sides, y_s, y_t, not args.no_contrast, gather)
 
     def loss_at(step):
-        epoch, i = divmod(step, len(first))
+        epoch, i = divmod(step, len(one_pass))
         numbers = batches(epoch)[i]
         share, size = share_of(run, len(numbers)), int(lengths[numbers].sum())
         return terms(live, numbers, *share), size, rows[numbers]
@@ -524,7 +531,7 @@ def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
     def loss():
         model.eval()
         with torch.inference_mode():
-            mine = first[run.rank :: run.world]
+            mine = one_pass[run.rank :: run.world]
             losses = [len(b) * float(sum(terms(model, b).values())) for b in mine]
         model.train()
         return run.reduce(dist.ReduceOp.SUM, sum(losses))[0] / len(rows)
@@ -564,9 +571,7 @@ def pipeline(run):
     """
     args, out, between = run.args, run.out, run.out / "stages"
     read_inputs(run)
-    if run.rank == 0 and not (out / "run.json").exists():  # a mistyped path leaves nothing behind
-        with M.atomic(out / "run.json") as tmp:
-            tmp.write_text(json.dumps(run.identity, indent=1), "utf-8")
+    begin(run)
     models = {"teacher": run.teacher}  # by row of the table
 
     # The assistant: given, or the teacher's body with a new vocabulary; stage 1 trains it.
@@ -592,6 +597,13 @@ def pipeline(run):
             models[f"student, stage {k}"] = student
     if run.rank == 0:
         finish(run, {row: folder for row, folder in models.items() if folder.exists()})
+
+
+def begin(run):
+    """Note what this run is, once its inputs are known: a mistyped path leaves nothing behind."""
+    if run.rank == 0 and not (run.out / "run.json").exists():
+        with M.atomic(run.out / "run.json") as tmp:
+            tmp.write_text(json.dumps(run.identity, indent=1), "utf-8")
 
 
 def read_inputs(run):
@@ -629,6 +641,7 @@ def read_inputs(run):
 def make_demo(run):
     """The built-in corpus as files of the run, which they then are given, and its teacher."""
     args, made = run.args, run.out / "data"
+    begin(run)  # its teacher depends on the seed
     with run.first():
         if not made.exists():
             demo.write_demo(made)
