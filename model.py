@@ -28,7 +28,9 @@ import mmap
 import os
 import platform
 import re
+import shutil
 import sys
+import textwrap
 import time
 import warnings
 from dataclasses import dataclass, fields, replace
@@ -72,9 +74,7 @@ def flush(path):
 def delete(path):
     """Delete a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
-        for child in path.iterdir():
-            delete(child)
-        path.rmdir()
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
@@ -163,29 +163,18 @@ def is_count(value, limit=2**62):
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit
 
 
-def _once(pairs):
-    """A JSON object's pairs as a dict; of two values for one name, which is the right one?"""
-    out = {}
-    for key, value in pairs:
-        need(key not in out, f"duplicate key {key!r}")
-        out[key] = value
-    return out
-
-
 def _read_header(data):
     """(metadata, {name: (dtype, shape, first byte, last byte)}) of a safetensors file's bytes.
 
     A header is not to be trusted: every number is checked before a byte is read by it.
     Raises: InputError with the reason, or what a wrong type raises.
     """
-    need(len(data) >= 8, f"{len(data)} bytes, too short for a header")
     at = body = 8 + int.from_bytes(data[:8], "little")
-    need(body <= len(data), f"a header of {body - 8} bytes in {len(data)}: truncated or damaged")
-    header = json.loads(data[8:body].decode("utf-8"), object_pairs_hook=_once)
+    short = "too short for its header, truncated or damaged"
+    need(body <= len(data), f"{len(data)} bytes, {short}")
+    header = json.loads(data[8:body].decode("utf-8"))
     need(isinstance(header, dict), "the header is no JSON object")
     meta, entries = header.pop("__metadata__", {}), {}
-    texts = isinstance(meta, dict) and all(isinstance(v, str) for v in meta.values())
-    need(texts, "metadata must map text to text")
     form = f"exactly dtype (one of {', '.join(DTYPES)}), shape and two data_offsets"
     for name, entry in header.items():
         with reading(f"{name!r} {entry!r:.200}", form):
@@ -249,7 +238,6 @@ def write_safetensors(path, tensors, meta=None):
 
 
 # ---------------------------------------------------------------------------------- configuration
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
 TEACHERS = "all-MiniLM-L6-v2, all-distilroberta-v1, paraphrase-MiniLM-L12-v2"  # that work
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len")
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
@@ -293,11 +281,13 @@ class Config:
 
 
 TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-CHOICES = {"model_type": FAMILIES, "hidden_act": tuple(ACTIVATIONS), "pooling": POOLINGS}
-CHOICES |= {"position_embedding_type": ("absolute",), "is_decoder": (False,)}
-# What a config.json may leave out, where that is not the default of Config.
-UNSAID = {"type_vocab_size": 2, "max_seq_length": 2**30}
-UNSAID |= {"position_embedding_type": "absolute", "is_decoder": False}
+KNOWN = {  # what is usual first: a config.json may leave it out
+    "model_type": ("bert", "roberta", "xlm-roberta", "camembert"),
+    "hidden_act": tuple(ACTIVATIONS),
+    "pooling": POOLINGS,
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+}
 
 
 def read_config(root, pad_id, shapes):
@@ -311,7 +301,8 @@ def read_config(root, pad_id, shapes):
     file = body / "config.json"
     said = {k: (v, file) for k, v in read_json(file).items()} | modules
     said = {k: v for k, v in said.items() if v[0] is not None and k != "dropout"}
-    raw = {f.name: f.default for f in fields(Config)} | UNSAID | {k: v[0] for k, v in said.items()}
+    raw = {f.name: f.default for f in fields(Config)} | {"type_vocab_size": 2}  # as in others' BERT
+    raw |= {"max_seq_length": 2**30} | {k: v[0] for k, v in said.items()}
 
     def check(ok, name, expected):
         value, place = said.get(name, (None, file))
@@ -344,13 +335,12 @@ def read_config(root, pad_id, shapes):
 
 def _check_values(raw, check):
     """Has every value of a config.json its type, and is it one that this encoder knows?"""
-    for name, known in CHOICES.items():
-        more = f". Teachers that work: {TEACHERS}" if name == "model_type" else ""
-        check(raw[name] in known, name, f"one of {', '.join(map(str, known))}{more}")
-    for f in fields(Config):
-        ok = f.type is not int or is_count(raw[f.name], 2**31)
-        typed = f.type is tuple or type(raw[f.name]) is f.type
-        check(ok and typed, f.name, TYPES.get(f.type))
+    for name, known in KNOWN.items():
+        expected = f"one of {', '.join(map(str, known))}. Teachers that work: {TEACHERS}"
+        check(raw.get(name, known[0]) in known, name, expected)
+    for f in (f for f in fields(Config) if f.type in TYPES):
+        typed = type(raw[f.name]) is f.type
+        check(typed and (f.type is not int or is_count(raw[f.name], 2**31)), f.name, TYPES[f.type])
     H, heads = raw["hidden_size"], raw["num_attention_heads"]
     check(heads and H % heads == 0, "num_attention_heads", f"a divisor of hidden_size {H}")
     check(0 < raw["layer_norm_eps"] < 1, "layer_norm_eps", "a small positive number")
@@ -406,10 +396,9 @@ def read_modules(root):
 def _read_pooling(file):
     """The pooling that a Pooling module's config.json switches on; a list, if not just one."""
     raw = read_json(file)
-    modes = [re.sub("_tokens$", "", str(raw["pooling_mode"]))] if "pooling_mode" in raw else []
-    for key, value in raw.items():  # the older form: pooling_mode_mean_tokens: true, ...
-        if key.startswith("pooling_mode_") and value is not False:
-            modes.append(re.sub("^pooling_mode_|_tokens?$", "", key))
+    modes = [k for k, v in raw.items() if k.startswith("pooling_mode_") and v is not False]
+    modes = [str(raw["pooling_mode"])] if "pooling_mode" in raw else modes  # the newer form
+    modes = [re.sub("^pooling_mode_|_tokens?$", "", mode) for mode in modes]
     return modes[0] if len(modes) == 1 else modes
 
 
@@ -611,8 +600,12 @@ class Encoder(nn.Module):
         return np.concatenate(flat), np.cumsum(np.concatenate(lengths))
 
     def batch(self, flat, starts, rows):
-        """Rows of a flat token store -> ids and mask, (N, T) each, on this device."""
-        ids, mask = pad(flat, starts, rows, self.config.pad_token_id)
+        """Rows of a flat token store -> ids int64 and mask bool, (N, T) each, on this device."""
+        start, n = starts[rows], starts[rows + 1] - starts[rows]  # (N,)
+        t = np.arange(max(int(n.max()), 1))
+        mask = t < n[:, None]  # (N, T)
+        ids = np.full(mask.shape, self.config.pad_token_id, np.int64)
+        ids[mask] = flat[(start[:, None] + t)[mask]]
         return put(ids, self.device), put(mask, self.device)
 
     @torch.inference_mode()
@@ -649,7 +642,7 @@ class Encoder(nn.Module):
         single = isinstance(texts, str)
         texts = [texts] if single else list(texts)
         for i, t in enumerate(texts):
-            if not is_text(t):
+            if not isinstance(t, str) or re.search("[\ud800-\udfff]", t):  # half of a pair
                 raise InputError(f"text {i} is {t!r:.60}, expected a str of whole characters")
         if progress is None and sys.stderr and sys.stderr.isatty():
             progress = meter("encode")
@@ -679,16 +672,6 @@ class Encoder(nn.Module):
         write_safetensors(Path(folder, "model.safetensors"), tensors)
 
 
-def pad(flat, starts, rows, pad_id):
-    """Rows of a flat token store -> ids (N, T) int64 and mask (N, T) bool, without a loop."""
-    start, n = starts[rows], starts[rows + 1] - starts[rows]  # (N,)
-    t = np.arange(max(int(n.max()), 1))
-    mask = t < n[:, None]  # (N, T)
-    ids = np.full(mask.shape, pad_id, np.int64)
-    ids[mask] = flat[(start[:, None] + t)[mask]]
-    return ids, mask
-
-
 def put(array, device):
     """A numpy array as a tensor on a device; a copy to a GPU does not wait for what it is doing."""
     t = torch.from_numpy(array)
@@ -697,14 +680,12 @@ def put(array, device):
     return t.to(device)
 
 
-def is_text(t):
-    """Is it a str that has an encoding? Half of a surrogate pair has none."""
-    return isinstance(t, str) and not re.search("[\ud800-\udfff]", t)
-
-
 def unit(x):
     """Rows of x (..., H) at length 1; a zero row stays zero."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+BYTES = {"float32": 4, "float16": 2, "int8": 1}  # a parameter, in the files that export makes
 
 
 def ledger(config):
@@ -980,23 +961,17 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
 
 @torch.no_grad()
 def unroll(model):
-    """The same function as an ordinary encoder, without bottleneck and recurrence.
+    """Make it an ordinary encoder of the same vectors, without bottleneck and recurrence.
 
-    The word table (V, B) is multiplied by the map B -> H, and the K layers are there R times.
+    The word table (V, B) is multiplied by the map B -> H, and the K layers are listed R times.
     """
-    c, state = model.config, model.state_dict()
+    c, e = model.config, model.embeddings
     if c.bottleneck_size:
-        state["embeddings.word.weight"] @= state.pop("embeddings.project.weight").T
-    for name in [n for n in state if n.startswith("layers.")]:
-        _, k, part = name.split(".", 2)
-        for r in range(1, c.recurrence):
-            state[f"layers.{int(k) + r * c.num_hidden_layers}.{part}"] = state[name]
-    depth = c.num_hidden_layers * c.recurrence
-    with torch.device("meta"):
-        sizes = replace(c, bottleneck_size=0, recurrence=1, num_hidden_layers=depth)
-        plain = Encoder(sizes, model.tokenizer).requires_grad_(False).eval()
-    plain.load_state_dict(state, assign=True)
-    return plain
+        e.word.weight, e.project = nn.Parameter(e.word.weight @ e.project.weight.T), None
+    model.layers = nn.ModuleList([*model.layers] * c.recurrence)
+    depth = len(model.layers)
+    model.config = replace(c, bottleneck_size=0, recurrence=1, num_hidden_layers=depth)
+    return model
 
 
 def write_extras(model, folder, plain):
@@ -1086,9 +1061,6 @@ def _turned(m, x, activation="identity"):
     return ACTIVATIONS[activation](x @ m.weight + (0 if m.bias is None else m.bias))
 
 
-ONNX_POOLINGS = {"mean": "PoolingType.MEAN", "cls": "PoolingType.CLS"}  # that consumers have
-
-
 def write_onnx(model, folder):
     """Write model.onnx, float32, and model_quantized.onnx, 8 bits.
 
@@ -1097,8 +1069,7 @@ def write_onnx(model, folder):
     pooling that the consumers lack.
     """
     c = model.config
-    known = ", ".join(ONNX_POOLINGS)
-    need(c.pooling in ONNX_POOLINGS, f"pooling {c.pooling!r}: the users of ONNX know {known}")
+    need(c.pooling in ("mean", "cls"), f"pooling {c.pooling!r}: the users of ONNX know mean, cls")
     need(4 * ledger(c)["total"] < 2**31, "over 2 GB, the limit of an ONNX file")
     try:  # sentence-transformers demands every package that model.py imports outside of a try
         import onnxscript  # noqa: F401 - torch.onnx needs it
@@ -1129,74 +1100,68 @@ def write_onnx(model, folder):
         quantize_dynamic(full, folder / "model_quantized.onnx", **unsigned)
 
 
-CARD = """---
-language: {languages}
-license: other
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, feature-extraction, multilingual{tag}]
----
-# {name}
+def origin(source):
+    """(languages, text on scores and origin) by the results.json beside `source`, a run's model.
 
-Sentences of at most {c.max_seq_length} tokens to vectors of {c.width}, compared by cosine.
-{c.model_type}: {c.num_hidden_layers} layers applied {c.recurrence} times, word table
-{c.vocab_size} x {table}, {c.pooling} pooling. `model.safetensors` is {weights}.
-
-| part | parameters | MB float32 | float16 | int8 |
-|---|---:|---:|---:|---:|
-{sizes}
-
-{scores}Made by multi-stage distillation ([arXiv 2209.05869](https://arxiv.org/abs/2209.05869)).
-{origin}The licences of teacher, assistant and training data apply to this model; the code is MIT.
-
-    from sentence_transformers import SentenceTransformer
-    vectors = SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])
-"""
-CARD_HERE = """
-Or, with the `model.py` here: `vectors = model.load("{name}").encode(["A sentence.", "Ein Satz."])`.
-"""
-CARD_ONNX = """
-transformers.js (dtype "fp32" or "q8"), fastembed, and for ONNX Runtime itself `onnx/model.onnx`,
-from `input_ids` and `attention_mask` to `last_hidden_state`:
-
-    const extract = await pipeline("feature-extraction", "{name}", {{ dtype: "q8" }});
-    const vectors = await extract(["{c.prompt}Hi"], {{ pooling: "{c.pooling}", normalize: true }});
-
-    TextEmbedding.add_custom_model("{name}", pooling={pooling}, normalization=True,
-        dim={c.width}, sources=ModelSource(hf="{name}"), model_file="onnx/model.onnx")
-    vectors = list(TextEmbedding("{name}").embed(["{c.prompt}Hi"]))
-"""
+    Raises: InputError where there is none; a file of that name may be anybody's.
+    """
+    file = source.parent / "results.json"
+    with reading(file, "a run's results"):
+        results = read_json(file)
+        row = [v for k, v in results["rows"].items() if k.split(",")[0] == source.name][-1]
+        scores = {k: v for k, v in row["spearman"].items() if v == v}
+        languages = {x for pair in scores for x in pair.split("-")} | set(row["accuracy"])
+        given, git = results["arguments"], results["git"] or "unknown"
+        made = {k: given[k] or "of the demo" for k in ("teacher", "assistant")}
+        files = ", ".join(given["train"] + given["extra"]) or "of the demo"
+        text = f"Teacher: {made['teacher']}; assistant: {made['assistant']}; data: {files}; "
+        text += f"seed {results['seed']}; code: {git}.\n"
+        if scores:
+            sets = ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
+            mean = sum(scores.values()) / len(scores)
+            text = f"Spearman x 100: {sets}; mean {mean:.1f}.\n\n{text}"
+        return sorted(languages), text
 
 
 def model_card(model, source, name, weights, onnx, plain):
-    """README.md for a hub; scores and origin are in results.json beside the folder `source`."""
-    c, results = model.config, {}
-    with contextlib.suppress(InputError):  # a file of that name may be anybody's
-        results = read_json(source.parent / "results.json")
-    results = results if {"rows", "bootstrap"} <= results.keys() else {}
-    rows, given = results.get("rows", {}), results.get("arguments", {})
-    row = next((rows[k] for k in reversed(rows) if k.split(",")[0] == source.name), {})
-    scores = {k: v for k, v in row.get("spearman", {}).items() if v == v}
-    languages = {x for pair in scores for x in pair.split("-")} | set(row.get("accuracy", {}))
-    table, origin, shown = c.bottleneck_size or c.hidden_size, "", ""
-    counts = {**ledger(c), "word table": c.vocab_size * table}
-    line = "| {} | {:,} | {:,.1f} | {:,.1f} | {:,.1f} |"
-    sizes = [line.format(k, n, 4 * n / 1e6, 2 * n / 1e6, n / 1e6) for k, n in counts.items()]
-    if scores:
-        sets = ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
-        shown = f"Spearman x 100: {sets}; mean {sum(scores.values()) / len(scores):.1f}.\n\n"
-    if row:
-        made = {k: given.get(k) or "of this code's demo" for k in ("teacher", "assistant")}
-        texts = ", ".join([*(given.get("train") or ["built in"]), *(given.get("extra") or [])])
-        origin = f"Teacher: {made['teacher']}; assistant: {made['assistant']}; data: {texts}; "
-        origin += f"seed {results.get('seed')}; code: {results.get('git')}.\n"
-    return (CARD + CARD_HERE * (not plain) + CARD_ONNX * onnx).format(
-        languages=json.dumps(sorted(languages) or ["multilingual"]),
-        **{"c": c, "name": name, "weights": weights, "table": table, "sizes": "\n".join(sizes)},
-        **{"scores": shown, "origin": origin, "tag": ", onnx" * onnx},
-        trust="" if plain else ", trust_remote_code=True",
-        pooling=ONNX_POOLINGS.get(c.pooling),
-    )
+    """README.md for a hub."""
+    c, languages, made = model.config, ["multilingual"], ""
+    with contextlib.suppress(InputError):
+        languages, made = origin(source)
+    trust = "" if plain else ", trust_remote_code=True"
+    uses = f'SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])\n'
+    if not plain:
+        uses += f'model.load("{name}").encode(["A sentence."])  # with the model.py here\n'
+    if onnx:
+        uses += f"""
+// transformers.js; "q8" is 8 bits, "fp32" exact
+const extract = await pipeline("feature-extraction", "{name}", {{ dtype: "q8" }});
+await extract(["{c.prompt}Hi"], {{ pooling: "{c.pooling}", normalize: true }});
+
+# fastembed; ONNX Runtime itself: input_ids, attention_mask -> last_hidden_state
+TextEmbedding.add_custom_model("{name}", pooling=PoolingType.{c.pooling.upper()}, dim={c.width},
+    normalization=True, sources=ModelSource(hf="{name}"), model_file="onnx/model.onnx")
+list(TextEmbedding("{name}").embed(["{c.prompt}Hi"]))
+"""
+    return f"""---
+language: {json.dumps(languages)}
+license: other
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, feature-extraction, multilingual]
+---
+# {name}
+
+Sentences to vectors, compared by cosine. Its weights are stored in {weights}.
+{made}
+Made by multi-stage distillation ([arXiv 2209.05869](https://arxiv.org/abs/2209.05869)).
+The licences of teacher, assistant and training data apply to this model; the code is MIT.
+
+{textwrap.indent(uses, "    ")}
+Its shape, and its size in megabytes by part and precision:
+
+{textwrap.indent(describe(model), "    ")}
+"""
 
 
 # -------------------------------------------------------------------------------------------- use
@@ -1252,12 +1217,11 @@ def meter(what, say=lambda text: print(text, file=sys.stderr)):
 
 
 def describe(model):
-    """The shape and the size of a model: its Config, then the parameters of each part."""
+    """The shape and the size of a model: its Config, then the parameters and MB of each part."""
     lines = [f"{name:25}{value!r:>14}" for name, value in vars(model.config).items()]
     for part, n in ledger(model.config).items():
-        mb = n * 4 / 2**20
-        sizes = f"parameters{mb:10.1f} MB float32{mb / 2:10.1f} MB bfloat16"
-        lines.append(f"{part:25}{n:14,} {sizes}")
+        sizes = [f"{n * size / 1e6:10,.1f} MB {kind}" for kind, size in BYTES.items()]
+        lines.append(f"{part:25}{n:14,} parameters{''.join(sizes)}")
     return "\n".join(lines)
 
 
