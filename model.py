@@ -61,16 +61,6 @@ def note(text):
     print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-def flush(path):
-    """Bring a file or a folder to the disk: a rename is durable only once its folder is, too."""
-    with contextlib.suppress(PermissionError):  # Windows opens no folders, and needs no such flush
-        fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
 def delete(path):
     """Delete a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
@@ -112,13 +102,13 @@ def atomic(path):
                 delete(old)
         try:
             yield tmp
-            for file in [*tmp.rglob("*"), tmp]:
-                flush(file)
+            for file in (f for f in [tmp, *tmp.rglob("*")] if f.is_file()):
+                with open(file, "rb+") as f:
+                    os.fsync(f.fileno())  # a rename must not reach the disk before the content
             if path.is_dir():  # a rename replaces files, not folders
                 os.rename(path, aside)
             os.replace(tmp, path)
             delete(aside)
-            flush(path.parent)
         finally:
             delete(tmp)
     except OSError as e:
@@ -196,25 +186,19 @@ def read_safetensors(path, to=None, copy=False):
     """(tensors by name, metadata) of a safetensors file.
 
     Tensors are views of a private mapping of the file: a page costs memory when it is first
-    touched. With `to`, those of another floating dtype are converted, with `copy` all are copied,
-    one at a time, and the pages they came from are given back.
+    touched. With `to`, those of another floating dtype are converted, with `copy` all are copied.
     Raises: InputError with the file and the reason.
     """
     fix = ". Fetch or export it again"
     with reading(path, "a valid safetensors file", fix), open(path, "rb") as f:
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         meta, entries = _read_header(data)
-    tensors, page = {}, mmap.PAGESIZE
+    tensors = {}
     for name, (kind, shape, start, end) in entries.items():
         raw = torch.from_numpy(np.frombuffer(data, np.uint8, end - start, start))
         raw = raw.clone() if start % kind.itemsize else raw  # a foreign writer's: aligned by a copy
-        tensors[name] = raw.view(kind).view(shape)
         target = to if to and kind.is_floating_point else kind
-        if copy or target != kind:
-            tensors[name] = tensors[name].to(target, copy=True)
-            first, last = -(-start // page) * page, end // page * page  # whole pages inside
-            if last > first and hasattr(data, "madvise"):
-                data.madvise(mmap.MADV_DONTNEED, first, last - first)
+        tensors[name] = raw.view(kind).view(shape).to(target, copy=copy)
     return tensors, meta
 
 
@@ -765,16 +749,15 @@ def from_hf(tensors):
 
     Raises: KeyError or RuntimeError where a query, key or value is missing or misshapen.
     """
-    out = {}
+    tensors, out = dict(tensors), {}
+    whole = [re.sub(r"\.self\.(query|key|value)\.", ".self.qkv.", name) for name in tensors]
+    for name in dict.fromkeys(n for n in whole if n not in tensors):
+        parts = [tensors.pop(name.replace("qkv", part)) for part in QKV]
+        tensors[name] = torch.stack(parts).flatten(0, 1)  # which demands equal shapes
     for name, t in tensors.items():
-        whole = re.sub(r"attention\.self\.(query|key|value)\.", "attention.self.qkv.", name)
-        parts = [whole.replace("qkv", part) for part in QKV] if name != whole else []
         for ours, theirs in NAMES.items():
-            whole = whole.replace(theirs, ours, 1)
-        if not parts:
-            out[whole] = t
-        elif whole not in out:  # stack demands equal shapes, cat would not
-            out[whole] = torch.stack([tensors[p] for p in parts]).flatten(0, 1)
+            name = name.replace(theirs, ours, 1)
+        out[name] = t
     return out
 
 
@@ -812,20 +795,15 @@ def read_weights(folder, to=None, copy=False):
     of no floating dtype or not finite.
     """
     folder = Path(folder)
-    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if file.exists() or not index.exists():
-        _must_exist(file, "AutoModel.from_pretrained", folder)
-        tensors = read_safetensors(file, to, copy)[0]
-    else:
-        listed, tensors = read_json(index), {}
+    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    if index.exists() and not files[0].exists():
+        listed = read_json(index)
         with reading(index, "a weight_map from tensor names to files beside it"):
-            shards = listed["weight_map"]
-            need(all(Path(s).name == s for s in shards.values()), "a file elsewhere")
-        for shard in sorted(set(shards.values())):
-            part = read_safetensors(folder / shard, to, copy)[0]
-            same = set(part) == {k for k, s in shards.items() if s == shard}
-            need(same, f"{folder / shard}: its tensors are not those that {index.name} lists")
-            tensors.update(part)
+            files = [folder / Path(f).name for f in sorted(set(listed["weight_map"].values()))]
+    must_exist(files[0], "AutoModel.from_pretrained", folder)
+    tensors = {}
+    for file in files:
+        tensors |= read_safetensors(file, to, copy)[0]
     out, table = {}, "embeddings.word_embeddings.weight"
     with reading(folder, "an encoder's weights"):
         for name, short in body_names(tensors, folder).items():
@@ -841,9 +819,9 @@ def read_weights(folder, to=None, copy=False):
         return from_hf(widen(out))
 
 
-def _must_exist(file, opener, folder):
+def must_exist(file, opener, folder):
     """Raises: InputError where `file` is missing, with how `opener` makes it of what is there."""
-    old = next((n for n in OLD[file.name] if file.with_name(n).exists()), None)
+    old = next((n for n in OLD.get(file.name, ()) if file.with_name(n).exists()), None)
     risk = ", but it may run code when read" if old == "pytorch_model.bin" else ""
     fix = f"{opener}({str(folder)!r}).save_pretrained({str(folder)!r})"
     there = f"; {old} is there{risk}. Convert it once, with transformers: {fix}" if old else ""
@@ -858,7 +836,7 @@ def read_tokenizer(folder):
     Raises: InputError where there is no pad token of its own, or no start and end are added.
     """
     file = Path(folder, "tokenizer.json")
-    _must_exist(file, "AutoTokenizer.from_pretrained", folder)
+    must_exist(file, "AutoTokenizer.from_pretrained", folder)
     beside = [file.with_name(n) for n in ("special_tokens_map.json", "tokenizer_config.json")]
     names = [read_json(f).get("pad_token") for f in beside if f.exists()]
     names = [n.get("content") if isinstance(n, dict) else n for n in names] + ["<pad>", "[PAD]"]
@@ -908,7 +886,7 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     tokenizer, pad_id = read_tokenizer(body)
     state = read_weights(body, torch.float32 if train else kind, copy=train)
     for i, file in enumerate(f / "model.safetensors" for f in dense):
-        _must_exist(file, "SentenceTransformer", root)
+        must_exist(file, "SentenceTransformer", root)
         state |= {f"dense.{i}.{k}": v for k, v in read_safetensors(file, torch.float32)[0].items()}
     config = read_config(root, pad_id, {k: tuple(v.shape) for k, v in state.items()})
     longest = min(config.max_seq_length, max_tokens)
@@ -1243,8 +1221,8 @@ def corpus_vectors(args, lines, model):
         with reading(file, f"float16 {shape} by {source} for queries by {args.model}", fix):
             out = np.load(file, mmap_mode="r")
             need(out.dtype == np.float16 and out.shape == shape, f"{out.dtype} {out.shape}")
-            off = [abs(np.linalg.norm(x, axis=1) - 1).max() for x in blocks(out)]
-            need(all(x < 0.01 for x in off), "not all rows are unit vectors")  # NaN is not, either
+            units = all(abs(np.linalg.norm(x, axis=1) - 1).max() < 0.01 for x in blocks(out))
+            need(units, "not all rows are unit vectors")
             return out
     maker = load(args.index, args.dtype) if args.index else model
     widths = f"{args.model} makes vectors of {shape[1]}, {source} of {maker.config.width}"
@@ -1279,29 +1257,26 @@ def search(args, model):
         print(end="\n" if args.query is None else "", flush=True)
 
 
-COMMANDS = {  # name: (arguments after the model, what it does)
-    "similarity": (("a", "b"), "the cosine of two sentences"),
-    "search": (("corpus",), "the lines of a text file that are nearest to a query"),
-    "encode": ((), "lines of standard input to vectors, a .npy file on standard output"),
-    "info": ((), "shape and size"),
-    "export": (("out",), "a folder ready to upload, for other programs, too"),
-}
-
-
 def main(argv=None):
     ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = ("float32", "bfloat16")
     ap.add_argument("--dtype", choices=kinds, help="arithmetic; default: the best")
     commands = ap.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (arguments, text) in COMMANDS.items():
+
+    def command(name, text, *arguments):
         sub = commands.add_parser(name, help=text, description=text)
         for argument in ("model", *arguments):
             sub.add_argument(argument)
-    add = commands.choices["search"].add_argument
+        return sub.add_argument
+
+    command("similarity", "the cosine of two sentences", "a", "b")
+    add = command("search", "the lines of a text file that are nearest to a query", "corpus")
     add("query", nargs="?", help="without one, each line of standard input is a query")
     add("--top", type=int, default=5, help="lines to show")
     add("--index", metavar="MODEL2", help="encodes the corpus, MODEL the queries; of one space")
-    add = commands.choices["export"].add_argument
+    command("encode", "lines of standard input to vectors, a .npy file on standard output")
+    command("info", "shape and size")
+    add = command("export", "a folder ready to upload, for other programs, too", "out")
     add("--weights", choices=("float32", "float16", "int8"), default="float32")
     add("--onnx", action="store_true", help="for ONNX Runtime, transformers.js and fastembed, too")
     add("--plain", action="store_true", help="without bottleneck and recurrence: opens anywhere")
