@@ -18,9 +18,7 @@ import argparse
 import contextlib
 import difflib
 import functools
-import glob
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -96,7 +94,7 @@ def atomic(path):
     tmp, aside = (path.parent / f"{x}{os.getpid()}" for x in (mine, f".{path.name}.old-"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(f"{glob.escape(mine)}*"):
+        for old in (f for f in path.parent.iterdir() if f.name.startswith(mine)):
             process = Path("/proc", old.name.removeprefix(mine))
             if Path("/proc/self").exists() and not process.exists():  # it was killed in a save
                 delete(old)
@@ -578,9 +576,9 @@ class Encoder(nn.Module):
         texts = [t.lower() for t in texts] if self.config.do_lower_case else texts
         flat, lengths = [np.zeros(0, np.uint32)], [np.zeros(1, np.int64)]
         for i in range(0, len(texts), chunk):  # the tokenizer's own results are large
-            ids = [e.ids for e in self.tokenizer.encode_batch_fast(texts[i : i + chunk])]
-            flat.append(np.fromiter(itertools.chain.from_iterable(ids), np.uint32))
-            lengths.append(np.fromiter(map(len, ids), np.int64))
+            found = self.tokenizer.encode_batch_fast(texts[i : i + chunk])
+            flat.append(np.fromiter((id for e in found for id in e.ids), np.uint32))
+            lengths.append(np.fromiter(map(len, found), np.int64))
         return np.concatenate(flat), np.cumsum(np.concatenate(lengths))
 
     def batch(self, flat, starts, rows):
@@ -918,11 +916,10 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
     need(not out.exists(), f"{out}: is there already; choose another folder, or delete it first")
     need(not plain or weights != "int8", "--plain: no other program reads our int8; take float16")
     model = load(source, "float32", "cpu")
-    c, before = model.config, ledger(model.config)["total"]
     narrow = hasattr(model.embeddings.word, "scale")
     need(not narrow, f"{source}: its weights are int8; export the float32 model it was made of")
-    alone = not (c.dense and (plain or onnx))
-    need(alone, f"{source}: has a Dense module; other programs open it without --onnx and --plain")
+    dense = f"{source}: has a Dense module; other programs open it without --onnx and --plain"
+    need(not model.config.dense or not (plain or onnx), dense)
     model = unroll(model) if plain else model
     with atomic(out) as tmp:
         tmp.mkdir()
@@ -932,9 +929,8 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
         (tmp / "README.md").write_text(card, "utf-8")
         if onnx:
             write_onnx(model, tmp / "onnx")
-    after, stored = ledger(model.config)["total"], (out / "model.safetensors").stat().st_size
-    larger = f", {after / before:.1f} x those of {source.name}" if plain else ""
-    return f"{out}: {after:,} parameters{larger}; weights {stored / 1e6:,.1f} MB"
+    total, stored = ledger(model.config)["total"], (out / "model.safetensors").stat().st_size
+    return f"{out}: {total:,} parameters; weights {stored / 1e6:,.1f} MB"
 
 
 @torch.no_grad()
@@ -960,22 +956,21 @@ def write_extras(model, folder, plain):
         t.normalizer = normalizers.Sequence(steps)
     limits = {"pad_token": t.id_to_token(c.pad_token_id), "model_max_length": c.max_seq_length}
     files = {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **limits}}
-    types = ["model.SentenceEncoder"]
+    home, kinds = "model", ["SentenceEncoder"]
     if plain:
-        kinds = ["Transformer", "Pooling"] + ["Normalize"] * c.normalize
-        types = [f"sentence_transformers.models.{kind}" for kind in kinds]
+        home, kinds = "sentence_transformers.models", ["Transformer", "Pooling"]
+        kinds += ["Normalize"] * c.normalize
         modes = ("mean_tokens", "cls_token", "max_tokens", "mean_sqrt_len_tokens")
         pooling = {f"pooling_mode_{m}": m.rsplit("_", 1)[0] == c.pooling for m in modes}
         files["1_Pooling/config.json"] = {"word_embedding_dimension": c.hidden_size, **pooling}
-        files["sentence_bert_config.json"] = {"max_seq_length": c.max_seq_length}
     else:
         (folder / "model.py").write_bytes(Path(__file__).read_bytes())
     if c.prompt:
         prompts = {"prompts": {"default": c.prompt}, "default_prompt_name": "default"}
         files["config_sentence_transformers.json"] = prompts
     files["modules.json"] = [
-        {"idx": i, "name": str(i), "path": f"{i}_{kind.split('.')[-1]}" if i else "", "type": kind}
-        for i, kind in enumerate(types)
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"{home}.{kind}"}
+        for i, kind in enumerate(kinds)
     ]
     for name, value in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -1078,40 +1073,29 @@ def write_onnx(model, folder):
         quantize_dynamic(full, folder / "model_quantized.onnx", **unsigned)
 
 
-def origin(source):
-    """(languages, text on scores and origin) by the results.json beside `source`, a run's model.
-
-    Raises: InputError where there is none; a file of that name may be anybody's.
-    """
-    file = source.parent / "results.json"
-    with reading(file, "a run's results"):
-        results = read_json(file)
+def model_card(model, source, name, weights, onnx, plain):
+    """README.md for a hub; scores and origin are in results.json beside the folder `source`."""
+    c, languages, made = model.config, ["multilingual"], ""
+    with contextlib.suppress(InputError), reading(source, "of a run"):  # the file may be anybody's
+        results = read_json(source.parent / "results.json")
         row = [v for k, v in results["rows"].items() if k.split(",")[0] == source.name][-1]
         scores = {k: v for k, v in row["spearman"].items() if v == v}
-        languages = {x for pair in scores for x in pair.split("-")} | set(row["accuracy"])
-        given, git = results["arguments"], results["git"] or "unknown"
-        made = {k: given[k] or "of the demo" for k in ("teacher", "assistant")}
-        files = ", ".join(given["train"] + given["extra"]) or "of the demo"
-        text = f"Teacher: {made['teacher']}; assistant: {made['assistant']}; data: {files}; "
-        text += f"seed {results['seed']}; code: {git}.\n"
+        seen = {x for pair in scores for x in pair.split("-")} | set(row["accuracy"])
+        languages = sorted(seen) or languages
         if scores:
-            sets = ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
-            mean = sum(scores.values()) / len(scores)
-            text = f"Spearman x 100: {sets}; mean {mean:.1f}.\n\n{text}"
-        return sorted(languages), text
-
-
-def model_card(model, source, name, weights, onnx, plain):
-    """README.md for a hub."""
-    c, languages, made = model.config, ["multilingual"], ""
-    with contextlib.suppress(InputError):
-        languages, made = origin(source)
+            shown = ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
+            made = f"Spearman x 100: {shown}; mean {sum(scores.values()) / len(scores):.1f}.\n\n"
+        given, git = results["arguments"], results["git"] or "unknown"
+        made += f"Teacher: {given['teacher'] or 'built in'}; "
+        made += f"assistant: {given['assistant'] or 'made of the teacher'}; "
+        made += f"data: {', '.join(given['train'] + given['extra']) or 'built in'}; "
+        made += f"seed {results['seed']}; code: {git}.\n"
     trust = "" if plain else ", trust_remote_code=True"
-    uses = f'SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])\n'
-    if not plain:
-        uses += f'model.load("{name}").encode(["A sentence."])  # with the model.py here\n'
-    if onnx:
-        uses += f"""
+    uses = f"""from sentence_transformers import SentenceTransformer
+SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])
+"""
+    here = f'model.load("{name}").encode(["A sentence."])  # with the model.py here\n'
+    others = f"""
 // transformers.js; "q8" is 8 bits, "fp32" exact
 const extract = await pipeline("feature-extraction", "{name}", {{ dtype: "q8" }});
 await extract(["{c.prompt}Hi"], {{ pooling: "{c.pooling}", normalize: true }});
@@ -1131,12 +1115,12 @@ tags: [sentence-transformers, feature-extraction, multilingual]
 # {name}
 
 Sentences to vectors, compared by cosine. Its weights are stored in {weights}.
-{made}
-Made by multi-stage distillation ([arXiv 2209.05869](https://arxiv.org/abs/2209.05869)).
+
+{made}Made by multi-stage distillation ([arXiv 2209.05869](https://arxiv.org/abs/2209.05869)).
 The licences of teacher, assistant and training data apply to this model; the code is MIT.
 
-{textwrap.indent(uses, "    ")}
-Its shape, and its size in megabytes by part and precision:
+{textwrap.indent(uses + here * (not plain) + others * onnx, "    ")}
+Its shape, and its size by part and precision:
 
 {textwrap.indent(describe(model), "    ")}
 """
@@ -1199,7 +1183,7 @@ def describe(model):
     lines = [f"{name:25}{value!r:>14}" for name, value in vars(model.config).items()]
     for part, n in ledger(model.config).items():
         sizes = [f"{n * size / 1e6:10,.1f} MB {kind}" for kind, size in BYTES.items()]
-        lines.append(f"{part:25}{n:14,} parameters{''.join(sizes)}")
+        lines.append(f"{part:12}{n:14,} parameters{''.join(sizes)}")
     return "\n".join(lines)
 
 
