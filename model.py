@@ -798,9 +798,9 @@ def read_weights(folder, to=None, copy=False):
         listed = read_json(index)
         with reading(index, "a weight_map from tensor names to files beside it"):
             files = [folder / Path(f).name for f in sorted(set(listed["weight_map"].values()))]
-    must_exist(files[0], "AutoModel.from_pretrained", folder)
     tensors = {}
     for file in files:
+        must_exist(file, "AutoModel.from_pretrained", folder)
         tensors |= read_safetensors(file, to, copy)[0]
     out, table = {}, "embeddings.word_embeddings.weight"
     with reading(folder, "an encoder's weights"):
@@ -842,8 +842,7 @@ def read_tokenizer(folder):
         tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
         ids = [tokenizer.token_to_id(n) for n in names if isinstance(n, str)]
         pad_id = next((i for i in ids if i is not None), None)
-        looked = ", ".join(repr(n) for n in dict.fromkeys(map(str, names)))
-        need(pad_id is not None, f"no pad token (looked for {looked}); batches need one")
+        need(pad_id is not None, f"no pad token (looked for {names}); batches need one")
         tokenizer.no_padding()
         ends, fix = tokenizer.encode("").ids, "save it again with transformers"
         need(len(ends) >= 2, f"its post_processor adds no start and end tokens; {fix}")
