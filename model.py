@@ -915,8 +915,8 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
     need(not out.exists(), f"{out}: is there already; choose another folder, or delete it first")
     need(not plain or weights != "int8", "--plain: no other program reads our int8; take float16")
     model = load(source, "float32", "cpu")
-    narrow = hasattr(model.embeddings.word, "scale")
-    need(not narrow, f"{source}: its weights are int8; export the float32 model it was made of")
+    int8 = hasattr(model.embeddings.word, "scale")
+    need(not int8, f"{source}: its weights are int8; export the float32 model it was made of")
     dense = f"{source}: has a Dense module; other programs open it without --onnx and --plain"
     need(not model.config.dense or not (plain or onnx), dense)
     model = unroll(model) if plain else model
@@ -1055,15 +1055,14 @@ def write_onnx(model, folder):
         m.weight = nn.Parameter(m.weight.T.contiguous(), requires_grad=False)
         m.forward = functools.partial(_turned, m)
     model.forward = lambda input_ids, attention_mask: model.hidden(input_ids, attention_mask.bool())
-    ids = torch.full((2, 7), c.pad_token_id)
-    ids[:, :5] += 1  # any real token
+    ids = torch.ones(2, 7, dtype=torch.int64)  # any: values are not looked at
     names = {"input_names": ["input_ids", "attention_mask"], "output_names": ["last_hidden_state"]}
     names["dynamic_shapes"] = [{0: "batch", 1: "length"}] * 2
     folder.mkdir()
     with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as after:
         logging.disable(logging.WARNING)  # of packages that tracer and quantizer could do without
         after.callback(logging.disable, logging.NOTSET)
-        inputs = (ids, (ids != c.pad_token_id).long())
+        inputs = (ids, ids.clone())
         program = torch.onnx.export(model, inputs, dynamo=True, verbose=False, **names)
         ClearMetadataAndDocStringPass()(program.model)  # this machine's paths are in it
         program.save(full := folder / "model.onnx")
