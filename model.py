@@ -163,19 +163,19 @@ def _read_header(data):
     header = json.loads(data[8:body].decode("utf-8"))
     need(isinstance(header, dict), "the header is no JSON object")
     meta, entries = header.pop("__metadata__", {}), {}
-    form = f"exactly dtype (one of {', '.join(DTYPES)}), shape and two data_offsets"
-    for name, entry in header.items():
-        with reading(f"{name!r} {entry!r:.200}", form):
-            kind, shape, span = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            lists = type(shape) is type(span) is list and len(span) == 2 and len(entry) == 3
-            need(lists and all(map(is_count, shape + span)), "expected lists of whole numbers")
-            need(name.isprintable(), "expected a printable name")
-        (start, end), size = span, math.prod(shape) * kind.itemsize
-        need(end - start == size, f"{name!r} is {kind} {shape} but has {end - start} bytes")
-        entries[name] = kind, shape, body + start, body + end
-    for start, end, name in sorted((*e[2:], name) for name, e in entries.items()):
-        need(start == at, f"{name!r} starts at byte {start}, not {at}: an overlap or a hole")
-        at = end
+    form = f"names with exactly dtype (one of {', '.join(DTYPES)}), shape and two data_offsets"
+    with reading("header", form):
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, (start, end) = entry["shape"], entry["data_offsets"]
+            counts = type(shape) is list and all(map(is_count, [*shape, start, end]))
+            fits = counts and entry["dtype"] in DTYPES and len(entry) == 3 and name.isprintable()
+            need(fits, f"{name!r}: {entry!r:.200}")
+            kind = DTYPES[entry["dtype"]]
+            size = math.prod(shape) * kind.itemsize
+            need(end - start == size, f"{name!r} is {kind} {shape} but has {end - start} bytes")
+            need(body + start == at, f"{name!r} is at byte {start}: an overlap or a hole")
+            at += size
+            entries[name] = kind, shape, body + start, at
     need(at == len(data), f"the tensors end at byte {at} of {len(data)}: truncated or damaged")
     return meta, entries
 
