@@ -697,6 +697,7 @@ NAMES = {  # ours and Hugging Face's
     ".down.": ".output.dense.",
     ".norm2.": ".output.LayerNorm.",
 }
+TABLE = "embeddings.word_embeddings.weight"
 QKV = ("query", "key", "value")  # one weight here, "qkv"
 # What pretraining and classifiers leave in a checkpoint; no sentence vector needs it.
 HEADS = set("pooler lm_head cls classifier pre_classifier qa_outputs score".split())
@@ -759,28 +760,28 @@ def from_hf(tensors):
     return out
 
 
-def body_names(names, place):
-    """{name in a checkpoint: Hugging Face's name of an encoder's weight}, heads left out.
+def find_body(tensors, place):
+    """An encoder's tensors, by Hugging Face's names, in those of a checkpoint; heads left out.
 
     The body is where the word table is, whatever a training wrapper put before or between.
     Raises: InputError for two bodies. What is no known head passes through, for a strict load.
     """
-    clean = {}
-    for name in names:  # without module., _orig_mod., _fsdp_wrapped_module. and their kin
-        short = ".".join(p for p in name.split(".") if p != "module" and not p.startswith("_"))
-        # TensorFlow's names
-        clean[name] = short.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
-    table = "embeddings.word_embeddings.weight"
-    bodies = sorted({n.removesuffix(table) for n in clean.values() if n.endswith(table)}) or [""]
+    clean = []
+    for name, t in tensors.items():  # without module., _orig_mod., _fsdp_wrapped_module. and kin
+        name = ".".join(p for p in name.split(".") if p != "module" and not p.startswith("_"))
+        name = name.replace("Norm.gamma", "Norm.weight")  # TensorFlow's names
+        clean.append((name.replace("Norm.beta", "Norm.bias"), t))
+    bodies = sorted({n.removesuffix(TABLE) for n, _ in clean if n.endswith(TABLE)}) or [""]
     need(len(bodies) < 2, f"{place}: encoders under {bodies}; keep one of them in the file")
     out, heads = {}, set()
-    for name, short in clean.items():
-        inside = short.removeprefix(bodies[0])
-        found = HEADS.intersection(inside.split("."))
-        if found and not inside.startswith(("embeddings.", "encoder.")):
+    for name, t in clean:
+        name = name.removeprefix(bodies[0])
+        found = HEADS.intersection(name.split("."))
+        if found and not name.startswith(("embeddings.", "encoder.")):
             heads |= found
-        elif not inside.endswith("position_ids"):
-            out[name] = inside
+        elif not name.endswith("position_ids"):
+            need(name not in out, f"{name} is there twice")
+            out[name] = t
     if heads - {"pooler"}:
         note(f"{place}: left out, as an encoder does not need them: {', '.join(sorted(heads))}")
     return out
@@ -802,19 +803,16 @@ def read_weights(folder, to=None, copy=False):
     for file in files:
         must_exist(file, "AutoModel.from_pretrained", folder)
         tensors |= read_safetensors(file, to, copy)[0]
-    out, table = {}, "embeddings.word_embeddings.weight"
     with reading(folder, "an encoder's weights"):
-        for name, short in body_names(tensors, folder).items():
-            t = tensors[name]
-            need(short not in out, f"{name} is there twice")
+        tensors = find_body(tensors, folder)
+        for name, t in tensors.items():
             scale = tensors.get(f"{name.removesuffix('weight')}scale", t.new_zeros(0))
             rows = t.dtype == torch.int8 and t.dim() == 2 and scale.shape == t.shape[:1]
             kinds = "a floating one, or int8 rows with a scale each"
             need(rows or t.is_floating_point(), f"{name} has dtype {t.dtype}, expected {kinds}")
             need(rows or torch.isfinite(t.sum()), f"{name} holds values that are not finite")
-            out[short] = t
-        need(table in out and out[table].dim() == 2, f"no 2-dimensional {table}")
-        return from_hf(widen(out))
+        need(TABLE in tensors and tensors[TABLE].dim() == 2, f"no 2-dimensional {TABLE}")
+        return from_hf(widen(tensors))
 
 
 def must_exist(file, opener, folder):
