@@ -718,6 +718,23 @@ def to_hf(state):
     return out
 
 
+def from_hf(tensors):
+    """The inverse of to_hf. Names it does not know pass through, for a strict load to list.
+
+    Raises: KeyError or RuntimeError where a query, key or value is missing or misshapen.
+    """
+    tensors, out = dict(tensors), {}
+    whole = [re.sub(r"\.self\.(query|key|value)\.", ".self.qkv.", name) for name in tensors]
+    for name in dict.fromkeys(n for n in whole if n not in tensors):
+        parts = [tensors.pop(name.replace("qkv", part)) for part in QKV]
+        tensors[name] = torch.stack(parts).flatten(0, 1)  # which demands equal shapes
+    for name, t in tensors.items():
+        for ours, theirs in NAMES.items():
+            name = name.replace(theirs, ours, 1)
+        out[name] = t
+    return out
+
+
 def narrow(tensors, weights):
     """Tensors as a file holds them: float32, float16 or int8.
 
@@ -741,23 +758,6 @@ def widen(tensors):
         weight = f"{name.removesuffix('scale')}weight"
         tensors[weight] = tensors[weight] * tensors.pop(name)[:, None]
     return tensors
-
-
-def from_hf(tensors):
-    """The inverse of to_hf. Names it does not know pass through, for a strict load to list.
-
-    Raises: KeyError or RuntimeError where a query, key or value is missing or misshapen.
-    """
-    tensors, out = dict(tensors), {}
-    whole = [re.sub(r"\.self\.(query|key|value)\.", ".self.qkv.", name) for name in tensors]
-    for name in dict.fromkeys(n for n in whole if n not in tensors):
-        parts = [tensors.pop(name.replace("qkv", part)) for part in QKV]
-        tensors[name] = torch.stack(parts).flatten(0, 1)  # which demands equal shapes
-    for name, t in tensors.items():
-        for ours, theirs in NAMES.items():
-            name = name.replace(theirs, ours, 1)
-        out[name] = t
-    return out
 
 
 def find_body(tensors, place):
