@@ -884,8 +884,7 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
         must_exist(file, "SentenceTransformer", root)
         state |= {f"dense.{i}.{k}": v for k, v in read_safetensors(file, torch.float32)[0].items()}
     config = read_config(root, pad_id, {k: tuple(v.shape) for k, v in state.items()})
-    longest = min(config.max_seq_length, max_tokens)
-    config = replace(config, dropout=dropout, max_seq_length=longest)
+    config = replace(config, dropout=dropout, max_seq_length=min(config.max_seq_length, max_tokens))
     V, largest = config.vocab_size, max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
     few = f"token ids up to {largest}, but the word table has {V} rows; not of one model"
     need(largest < V, f"{body / 'tokenizer.json'}: {few}")
