@@ -26,7 +26,6 @@ import mmap
 import os
 import platform
 import re
-import shutil
 import sys
 import textwrap
 import time
@@ -62,7 +61,9 @@ def note(text):
 def delete(path):
     """Delete a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        for child in path.iterdir():
+            delete(child)
+        path.rmdir()
     else:
         path.unlink(missing_ok=True)
 
