@@ -18,9 +18,7 @@ import argparse
 import contextlib
 import difflib
 import functools
-import glob
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -29,6 +27,7 @@ import os
 import platform
 import re
 import sys
+import textwrap
 import time
 import warnings
 from dataclasses import dataclass, fields, replace
@@ -57,16 +56,6 @@ def need(ok, message):
 def note(text):
     """Say on stderr, once, what is worth knowing but stops nothing."""
     print(f"note: {text}", file=sys.stderr, flush=True)
-
-
-def flush(path):
-    """Bring a file or a folder to the disk: a rename is durable only once its folder is, too."""
-    with contextlib.suppress(PermissionError):  # Windows opens no folders, and needs no such flush
-        fd = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def delete(path):
@@ -106,19 +95,19 @@ def atomic(path):
     tmp, aside = (path.parent / f"{x}{os.getpid()}" for x in (mine, f".{path.name}.old-"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(f"{glob.escape(mine)}*"):
+        for old in (f for f in path.parent.iterdir() if f.name.startswith(mine)):
             process = Path("/proc", old.name.removeprefix(mine))
             if Path("/proc/self").exists() and not process.exists():  # it was killed in a save
                 delete(old)
         try:
             yield tmp
-            for file in [*tmp.rglob("*"), tmp]:
-                flush(file)
+            for file in (f for f in [tmp, *tmp.rglob("*")] if f.is_file()):
+                with open(file, "rb+") as f:
+                    os.fsync(f.fileno())  # a rename must not reach the disk before the content
             if path.is_dir():  # a rename replaces files, not folders
                 os.rename(path, aside)
             os.replace(tmp, path)
             delete(aside)
-            flush(path.parent)
         finally:
             delete(tmp)
     except OSError as e:
@@ -163,42 +152,31 @@ def is_count(value, limit=2**62):
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit
 
 
-def _once(pairs):
-    """A JSON object's pairs as a dict; of two values for one name, which is the right one?"""
-    out = {}
-    for key, value in pairs:
-        need(key not in out, f"duplicate key {key!r}")
-        out[key] = value
-    return out
-
-
 def _read_header(data):
     """(metadata, {name: (dtype, shape, first byte, last byte)}) of a safetensors file's bytes.
 
     A header is not to be trusted: every number is checked before a byte is read by it.
     Raises: InputError with the reason, or what a wrong type raises.
     """
-    need(len(data) >= 8, f"{len(data)} bytes, too short for a header")
     at = body = 8 + int.from_bytes(data[:8], "little")
-    need(body <= len(data), f"a header of {body - 8} bytes in {len(data)}: truncated or damaged")
-    header = json.loads(data[8:body].decode("utf-8"), object_pairs_hook=_once)
+    short = "too short for its header, truncated or damaged"
+    need(body <= len(data), f"{len(data)} bytes, {short}")
+    header = json.loads(data[8:body].decode("utf-8"))
     need(isinstance(header, dict), "the header is no JSON object")
     meta, entries = header.pop("__metadata__", {}), {}
-    texts = isinstance(meta, dict) and all(isinstance(v, str) for v in meta.values())
-    need(texts, "metadata must map text to text")
-    form = f"exactly dtype (one of {', '.join(DTYPES)}), shape and two data_offsets"
-    for name, entry in header.items():
-        with reading(f"{name!r} {entry!r:.200}", form):
-            kind, shape, span = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            lists = type(shape) is type(span) is list and len(span) == 2 and len(entry) == 3
-            need(lists and all(map(is_count, shape + span)), "expected lists of whole numbers")
-            need(name.isprintable(), "expected a printable name")
-        (start, end), size = span, math.prod(shape) * kind.itemsize
-        need(end - start == size, f"{name!r} is {kind} {shape} but has {end - start} bytes")
-        entries[name] = kind, shape, body + start, body + end
-    for start, end, name in sorted((*e[2:], name) for name, e in entries.items()):
-        need(start == at, f"{name!r} starts at byte {start}, not {at}: an overlap or a hole")
-        at = end
+    form = f"names with exactly dtype (one of {', '.join(DTYPES)}), shape and two data_offsets"
+    with reading("header", form):
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, (start, end) = entry["shape"], entry["data_offsets"]
+            counts = type(shape) is list and all(map(is_count, [*shape, start, end]))
+            fits = counts and entry["dtype"] in DTYPES and len(entry) == 3 and name.isprintable()
+            need(fits, f"{name!r}: {entry!r:.200}")
+            kind = DTYPES[entry["dtype"]]
+            size = math.prod(shape) * kind.itemsize
+            need(end - start == size, f"{name!r} is {kind} {shape} but has {end - start} bytes")
+            need(body + start == at, f"{name!r} is at byte {start}: an overlap or a hole")
+            at += size
+            entries[name] = kind, shape, body + start, at
     need(at == len(data), f"the tensors end at byte {at} of {len(data)}: truncated or damaged")
     return meta, entries
 
@@ -207,25 +185,19 @@ def read_safetensors(path, to=None, copy=False):
     """(tensors by name, metadata) of a safetensors file.
 
     Tensors are views of a private mapping of the file: a page costs memory when it is first
-    touched. With `to`, those of another floating dtype are converted, with `copy` all are copied,
-    one at a time, and the pages they came from are given back.
+    touched. With `to`, those of another floating dtype are converted, with `copy` all are copied.
     Raises: InputError with the file and the reason.
     """
     fix = ". Fetch or export it again"
     with reading(path, "a valid safetensors file", fix), open(path, "rb") as f:
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         meta, entries = _read_header(data)
-    tensors, page = {}, mmap.PAGESIZE
+    tensors = {}
     for name, (kind, shape, start, end) in entries.items():
         raw = torch.from_numpy(np.frombuffer(data, np.uint8, end - start, start))
         raw = raw.clone() if start % kind.itemsize else raw  # a foreign writer's: aligned by a copy
-        tensors[name] = raw.view(kind).view(shape)
         target = to if to and kind.is_floating_point else kind
-        if copy or target != kind:
-            tensors[name] = tensors[name].to(target, copy=True)
-            first, last = -(-start // page) * page, end // page * page  # whole pages inside
-            if last > first and hasattr(data, "madvise"):
-                data.madvise(mmap.MADV_DONTNEED, first, last - first)
+        tensors[name] = raw.view(kind).view(shape).to(target, copy=copy)
     return tensors, meta
 
 
@@ -249,7 +221,6 @@ def write_safetensors(path, tensors, meta=None):
 
 
 # ---------------------------------------------------------------------------------- configuration
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
 TEACHERS = "all-MiniLM-L6-v2, all-distilroberta-v1, paraphrase-MiniLM-L12-v2"  # that work
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len")
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
@@ -293,11 +264,13 @@ class Config:
 
 
 TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-CHOICES = {"model_type": FAMILIES, "hidden_act": tuple(ACTIVATIONS), "pooling": POOLINGS}
-CHOICES |= {"position_embedding_type": ("absolute",), "is_decoder": (False,)}
-# What a config.json may leave out, where that is not the default of Config.
-UNSAID = {"type_vocab_size": 2, "max_seq_length": 2**30}
-UNSAID |= {"position_embedding_type": "absolute", "is_decoder": False}
+KNOWN = {  # what is usual first: a config.json may leave it out
+    "model_type": ("bert", "roberta", "xlm-roberta", "camembert"),
+    "hidden_act": tuple(ACTIVATIONS),
+    "pooling": POOLINGS,
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+}
 
 
 def read_config(root, pad_id, shapes):
@@ -311,7 +284,8 @@ def read_config(root, pad_id, shapes):
     file = body / "config.json"
     said = {k: (v, file) for k, v in read_json(file).items()} | modules
     said = {k: v for k, v in said.items() if v[0] is not None and k != "dropout"}
-    raw = {f.name: f.default for f in fields(Config)} | UNSAID | {k: v[0] for k, v in said.items()}
+    raw = {f.name: f.default for f in fields(Config)} | {"type_vocab_size": 2}  # as in others' BERT
+    raw |= {"max_seq_length": 2**30} | {k: v[0] for k, v in said.items()}
 
     def check(ok, name, expected):
         value, place = said.get(name, (None, file))
@@ -344,13 +318,12 @@ def read_config(root, pad_id, shapes):
 
 def _check_values(raw, check):
     """Has every value of a config.json its type, and is it one that this encoder knows?"""
-    for name, known in CHOICES.items():
-        more = f". Teachers that work: {TEACHERS}" if name == "model_type" else ""
-        check(raw[name] in known, name, f"one of {', '.join(map(str, known))}{more}")
-    for f in fields(Config):
-        ok = f.type is not int or is_count(raw[f.name], 2**31)
-        typed = f.type is tuple or type(raw[f.name]) is f.type
-        check(ok and typed, f.name, TYPES.get(f.type))
+    for name, known in KNOWN.items():
+        expected = f"one of {', '.join(map(str, known))}. Teachers that work: {TEACHERS}"
+        check(raw.get(name, known[0]) in known, name, expected)
+    for f in (f for f in fields(Config) if f.type in TYPES):
+        typed = type(raw[f.name]) is f.type
+        check(typed and (f.type is not int or is_count(raw[f.name], 2**31)), f.name, TYPES[f.type])
     H, heads = raw["hidden_size"], raw["num_attention_heads"]
     check(heads and H % heads == 0, "num_attention_heads", f"a divisor of hidden_size {H}")
     check(0 < raw["layer_norm_eps"] < 1, "layer_norm_eps", "a small positive number")
@@ -406,10 +379,9 @@ def read_modules(root):
 def _read_pooling(file):
     """The pooling that a Pooling module's config.json switches on; a list, if not just one."""
     raw = read_json(file)
-    modes = [re.sub("_tokens$", "", str(raw["pooling_mode"]))] if "pooling_mode" in raw else []
-    for key, value in raw.items():  # the older form: pooling_mode_mean_tokens: true, ...
-        if key.startswith("pooling_mode_") and value is not False:
-            modes.append(re.sub("^pooling_mode_|_tokens?$", "", key))
+    modes = [k for k, v in raw.items() if k.startswith("pooling_mode_") and v is not False]
+    modes = [str(raw["pooling_mode"])] if "pooling_mode" in raw else modes  # the newer form
+    modes = [re.sub("^pooling_mode_|_tokens?$", "", mode) for mode in modes]
     return modes[0] if len(modes) == 1 else modes
 
 
@@ -605,14 +577,18 @@ class Encoder(nn.Module):
         texts = [t.lower() for t in texts] if self.config.do_lower_case else texts
         flat, lengths = [np.zeros(0, np.uint32)], [np.zeros(1, np.int64)]
         for i in range(0, len(texts), chunk):  # the tokenizer's own results are large
-            ids = [e.ids for e in self.tokenizer.encode_batch_fast(texts[i : i + chunk])]
-            flat.append(np.fromiter(itertools.chain.from_iterable(ids), np.uint32))
-            lengths.append(np.fromiter(map(len, ids), np.int64))
+            found = self.tokenizer.encode_batch_fast(texts[i : i + chunk])
+            flat.append(np.fromiter((id for e in found for id in e.ids), np.uint32))
+            lengths.append(np.fromiter(map(len, found), np.int64))
         return np.concatenate(flat), np.cumsum(np.concatenate(lengths))
 
     def batch(self, flat, starts, rows):
-        """Rows of a flat token store -> ids and mask, (N, T) each, on this device."""
-        ids, mask = pad(flat, starts, rows, self.config.pad_token_id)
+        """Rows of a flat token store -> ids int64 and mask bool, (N, T) each, on this device."""
+        start, n = starts[rows], starts[rows + 1] - starts[rows]  # (N,)
+        t = np.arange(max(int(n.max()), 1))
+        mask = t < n[:, None]  # (N, T)
+        ids = np.full(mask.shape, self.config.pad_token_id, np.int64)
+        ids[mask] = flat[(start[:, None] + t)[mask]]
         return put(ids, self.device), put(mask, self.device)
 
     @torch.inference_mode()
@@ -649,7 +625,7 @@ class Encoder(nn.Module):
         single = isinstance(texts, str)
         texts = [texts] if single else list(texts)
         for i, t in enumerate(texts):
-            if not is_text(t):
+            if not isinstance(t, str) or re.search("[\ud800-\udfff]", t):  # half of a pair
                 raise InputError(f"text {i} is {t!r:.60}, expected a str of whole characters")
         if progress is None and sys.stderr and sys.stderr.isatty():
             progress = meter("encode")
@@ -679,16 +655,6 @@ class Encoder(nn.Module):
         write_safetensors(Path(folder, "model.safetensors"), tensors)
 
 
-def pad(flat, starts, rows, pad_id):
-    """Rows of a flat token store -> ids (N, T) int64 and mask (N, T) bool, without a loop."""
-    start, n = starts[rows], starts[rows + 1] - starts[rows]  # (N,)
-    t = np.arange(max(int(n.max()), 1))
-    mask = t < n[:, None]  # (N, T)
-    ids = np.full(mask.shape, pad_id, np.int64)
-    ids[mask] = flat[(start[:, None] + t)[mask]]
-    return ids, mask
-
-
 def put(array, device):
     """A numpy array as a tensor on a device; a copy to a GPU does not wait for what it is doing."""
     t = torch.from_numpy(array)
@@ -697,14 +663,12 @@ def put(array, device):
     return t.to(device)
 
 
-def is_text(t):
-    """Is it a str that has an encoding? Half of a surrogate pair has none."""
-    return isinstance(t, str) and not re.search("[\ud800-\udfff]", t)
-
-
 def unit(x):
     """Rows of x (..., H) at length 1; a zero row stays zero."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+BYTES = {"float32": 4, "float16": 2, "int8": 1}  # a parameter, in the files that export makes
 
 
 def ledger(config):
@@ -734,6 +698,7 @@ NAMES = {  # ours and Hugging Face's
     ".down.": ".output.dense.",
     ".norm2.": ".output.LayerNorm.",
 }
+TABLE = "embeddings.word_embeddings.weight"
 QKV = ("query", "key", "value")  # one weight here, "qkv"
 # What pretraining and classifiers leave in a checkpoint; no sentence vector needs it.
 HEADS = set("pooler lm_head cls classifier pre_classifier qa_outputs score".split())
@@ -751,6 +716,23 @@ def to_hf(state):
             name = name.replace(ours, theirs, 1)
         names = [name.replace("qkv", part) for part in QKV] if "qkv" in name else [name]
         out.update(zip(names, t.chunk(len(names))))
+    return out
+
+
+def from_hf(tensors):
+    """The inverse of to_hf. Names it does not know pass through, for a strict load to list.
+
+    Raises: KeyError or RuntimeError where a query, key or value is missing or misshapen.
+    """
+    tensors, out = dict(tensors), {}
+    whole = [re.sub(r"\.self\.(query|key|value)\.", ".self.qkv.", name) for name in tensors]
+    for name in dict.fromkeys(n for n in whole if n not in tensors):
+        parts = [tensors.pop(name.replace("qkv", part)) for part in QKV]
+        tensors[name] = torch.stack(parts).flatten(0, 1)  # which demands equal shapes
+    for name, t in tensors.items():
+        for ours, theirs in NAMES.items():
+            name = name.replace(theirs, ours, 1)
+        out[name] = t
     return out
 
 
@@ -779,46 +761,28 @@ def widen(tensors):
     return tensors
 
 
-def from_hf(tensors):
-    """The inverse of to_hf. Names it does not know pass through, for a strict load to list.
-
-    Raises: KeyError or RuntimeError where a query, key or value is missing or misshapen.
-    """
-    out = {}
-    for name, t in tensors.items():
-        whole = re.sub(r"attention\.self\.(query|key|value)\.", "attention.self.qkv.", name)
-        parts = [whole.replace("qkv", part) for part in QKV] if name != whole else []
-        for ours, theirs in NAMES.items():
-            whole = whole.replace(theirs, ours, 1)
-        if not parts:
-            out[whole] = t
-        elif whole not in out:  # stack demands equal shapes, cat would not
-            out[whole] = torch.stack([tensors[p] for p in parts]).flatten(0, 1)
-    return out
-
-
-def body_names(names, place):
-    """{name in a checkpoint: Hugging Face's name of an encoder's weight}, heads left out.
+def find_body(tensors, place):
+    """An encoder's tensors, by Hugging Face's names, in those of a checkpoint; heads left out.
 
     The body is where the word table is, whatever a training wrapper put before or between.
     Raises: InputError for two bodies. What is no known head passes through, for a strict load.
     """
-    clean = {}
-    for name in names:  # without module., _orig_mod., _fsdp_wrapped_module. and their kin
-        short = ".".join(p for p in name.split(".") if p != "module" and not p.startswith("_"))
-        # TensorFlow's names
-        clean[name] = short.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
-    table = "embeddings.word_embeddings.weight"
-    bodies = sorted({n.removesuffix(table) for n in clean.values() if n.endswith(table)}) or [""]
+    clean = []
+    for name, t in tensors.items():  # without module., _orig_mod., _fsdp_wrapped_module. and kin
+        name = ".".join(p for p in name.split(".") if p != "module" and not p.startswith("_"))
+        name = name.replace("Norm.gamma", "Norm.weight")  # TensorFlow's names
+        clean.append((name.replace("Norm.beta", "Norm.bias"), t))
+    bodies = sorted({n.removesuffix(TABLE) for n, _ in clean if n.endswith(TABLE)}) or [""]
     need(len(bodies) < 2, f"{place}: encoders under {bodies}; keep one of them in the file")
     out, heads = {}, set()
-    for name, short in clean.items():
-        inside = short.removeprefix(bodies[0])
-        found = HEADS.intersection(inside.split("."))
-        if found and not inside.startswith(("embeddings.", "encoder.")):
+    for name, t in clean:
+        name = name.removeprefix(bodies[0])
+        found = HEADS.intersection(name.split("."))
+        if found and not name.startswith(("embeddings.", "encoder.")):
             heads |= found
-        elif not inside.endswith("position_ids"):
-            out[name] = inside
+        elif not name.endswith("position_ids"):
+            need(name not in out, f"{name} is there twice")
+            out[name] = t
     if heads - {"pooler"}:
         note(f"{place}: left out, as an encoder does not need them: {', '.join(sorted(heads))}")
     return out
@@ -831,38 +795,30 @@ def read_weights(folder, to=None, copy=False):
     of no floating dtype or not finite.
     """
     folder = Path(folder)
-    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if file.exists() or not index.exists():
-        _must_exist(file, "AutoModel.from_pretrained", folder)
-        tensors = read_safetensors(file, to, copy)[0]
-    else:
-        listed, tensors = read_json(index), {}
+    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    if index.exists() and not files[0].exists():
+        listed = read_json(index)
         with reading(index, "a weight_map from tensor names to files beside it"):
-            shards = listed["weight_map"]
-            need(all(Path(s).name == s for s in shards.values()), "a file elsewhere")
-        for shard in sorted(set(shards.values())):
-            part = read_safetensors(folder / shard, to, copy)[0]
-            same = set(part) == {k for k, s in shards.items() if s == shard}
-            need(same, f"{folder / shard}: its tensors are not those that {index.name} lists")
-            tensors.update(part)
-    out, table = {}, "embeddings.word_embeddings.weight"
+            files = [folder / Path(f).name for f in sorted(set(listed["weight_map"].values()))]
+    tensors = {}
+    for file in files:
+        must_exist(file, "AutoModel.from_pretrained", folder)
+        tensors |= read_safetensors(file, to, copy)[0]
     with reading(folder, "an encoder's weights"):
-        for name, short in body_names(tensors, folder).items():
-            t = tensors[name]
-            need(short not in out, f"{name} is there twice")
+        tensors = find_body(tensors, folder)
+        for name, t in tensors.items():
             scale = tensors.get(f"{name.removesuffix('weight')}scale", t.new_zeros(0))
             rows = t.dtype == torch.int8 and t.dim() == 2 and scale.shape == t.shape[:1]
             kinds = "a floating one, or int8 rows with a scale each"
             need(rows or t.is_floating_point(), f"{name} has dtype {t.dtype}, expected {kinds}")
             need(rows or torch.isfinite(t.sum()), f"{name} holds values that are not finite")
-            out[short] = t
-        need(table in out and out[table].dim() == 2, f"no 2-dimensional {table}")
-        return from_hf(widen(out))
+        need(TABLE in tensors and tensors[TABLE].dim() == 2, f"no 2-dimensional {TABLE}")
+        return from_hf(widen(tensors))
 
 
-def _must_exist(file, opener, folder):
+def must_exist(file, opener, folder):
     """Raises: InputError where `file` is missing, with how `opener` makes it of what is there."""
-    old = next((n for n in OLD[file.name] if file.with_name(n).exists()), None)
+    old = next((n for n in OLD.get(file.name, ()) if file.with_name(n).exists()), None)
     risk = ", but it may run code when read" if old == "pytorch_model.bin" else ""
     fix = f"{opener}({str(folder)!r}).save_pretrained({str(folder)!r})"
     there = f"; {old} is there{risk}. Convert it once, with transformers: {fix}" if old else ""
@@ -877,7 +833,7 @@ def read_tokenizer(folder):
     Raises: InputError where there is no pad token of its own, or no start and end are added.
     """
     file = Path(folder, "tokenizer.json")
-    _must_exist(file, "AutoTokenizer.from_pretrained", folder)
+    must_exist(file, "AutoTokenizer.from_pretrained", folder)
     beside = [file.with_name(n) for n in ("special_tokens_map.json", "tokenizer_config.json")]
     names = [read_json(f).get("pad_token") for f in beside if f.exists()]
     names = [n.get("content") if isinstance(n, dict) else n for n in names] + ["<pad>", "[PAD]"]
@@ -885,8 +841,7 @@ def read_tokenizer(folder):
         tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
         ids = [tokenizer.token_to_id(n) for n in names if isinstance(n, str)]
         pad_id = next((i for i in ids if i is not None), None)
-        looked = ", ".join(repr(n) for n in dict.fromkeys(map(str, names)))
-        need(pad_id is not None, f"no pad token (looked for {looked}); batches need one")
+        need(pad_id is not None, f"no pad token (looked for {names}); batches need one")
         tokenizer.no_padding()
         ends, fix = tokenizer.encode("").ids, "save it again with transformers"
         need(len(ends) >= 2, f"its post_processor adds no start and end tokens; {fix}")
@@ -927,11 +882,10 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     tokenizer, pad_id = read_tokenizer(body)
     state = read_weights(body, torch.float32 if train else kind, copy=train)
     for i, file in enumerate(f / "model.safetensors" for f in dense):
-        _must_exist(file, "SentenceTransformer", root)
+        must_exist(file, "SentenceTransformer", root)
         state |= {f"dense.{i}.{k}": v for k, v in read_safetensors(file, torch.float32)[0].items()}
     config = read_config(root, pad_id, {k: tuple(v.shape) for k, v in state.items()})
-    longest = min(config.max_seq_length, max_tokens)
-    config = replace(config, dropout=dropout, max_seq_length=longest)
+    config = replace(config, dropout=dropout, max_seq_length=min(config.max_seq_length, max_tokens))
     V, largest = config.vocab_size, max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
     few = f"token ids up to {largest}, but the word table has {V} rows; not of one model"
     need(largest < V, f"{body / 'tokenizer.json'}: {few}")
@@ -959,11 +913,10 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
     need(not out.exists(), f"{out}: is there already; choose another folder, or delete it first")
     need(not plain or weights != "int8", "--plain: no other program reads our int8; take float16")
     model = load(source, "float32", "cpu")
-    c, before = model.config, ledger(model.config)["total"]
-    narrow = hasattr(model.embeddings.word, "scale")
-    need(not narrow, f"{source}: its weights are int8; export the float32 model it was made of")
-    alone = not (c.dense and (plain or onnx))
-    need(alone, f"{source}: has a Dense module; other programs open it without --onnx and --plain")
+    int8 = hasattr(model.embeddings.word, "scale")
+    need(not int8, f"{source}: its weights are int8; export the float32 model it was made of")
+    dense = f"{source}: has a Dense module; other programs open it without --onnx and --plain"
+    need(not model.config.dense or not (plain or onnx), dense)
     model = unroll(model) if plain else model
     with atomic(out) as tmp:
         tmp.mkdir()
@@ -973,30 +926,23 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
         (tmp / "README.md").write_text(card, "utf-8")
         if onnx:
             write_onnx(model, tmp / "onnx")
-    after, stored = ledger(model.config)["total"], (out / "model.safetensors").stat().st_size
-    larger = f", {after / before:.1f} x those of {source.name}" if plain else ""
-    return f"{out}: {after:,} parameters{larger}; weights {stored / 1e6:,.1f} MB"
+    total, stored = ledger(model.config)["total"], (out / "model.safetensors").stat().st_size
+    return f"{out}: {total:,} parameters; weights {stored / 1e6:,.1f} MB"
 
 
 @torch.no_grad()
 def unroll(model):
-    """The same function as an ordinary encoder, without bottleneck and recurrence.
+    """Make it an ordinary encoder of the same vectors, without bottleneck and recurrence.
 
-    The word table (V, B) is multiplied by the map B -> H, and the K layers are there R times.
+    The word table (V, B) is multiplied by the map B -> H, and the K layers are listed R times.
     """
-    c, state = model.config, model.state_dict()
+    c, e = model.config, model.embeddings
     if c.bottleneck_size:
-        state["embeddings.word.weight"] @= state.pop("embeddings.project.weight").T
-    for name in [n for n in state if n.startswith("layers.")]:
-        _, k, part = name.split(".", 2)
-        for r in range(1, c.recurrence):
-            state[f"layers.{int(k) + r * c.num_hidden_layers}.{part}"] = state[name]
-    depth = c.num_hidden_layers * c.recurrence
-    with torch.device("meta"):
-        sizes = replace(c, bottleneck_size=0, recurrence=1, num_hidden_layers=depth)
-        plain = Encoder(sizes, model.tokenizer).requires_grad_(False).eval()
-    plain.load_state_dict(state, assign=True)
-    return plain
+        e.word.weight, e.project = nn.Parameter(e.word.weight @ e.project.weight.T), None
+    model.layers = nn.ModuleList([*model.layers] * c.recurrence)
+    depth = len(model.layers)
+    model.config = replace(c, bottleneck_size=0, recurrence=1, num_hidden_layers=depth)
+    return model
 
 
 def write_extras(model, folder, plain):
@@ -1007,22 +953,21 @@ def write_extras(model, folder, plain):
         t.normalizer = normalizers.Sequence(steps)
     limits = {"pad_token": t.id_to_token(c.pad_token_id), "model_max_length": c.max_seq_length}
     files = {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **limits}}
-    types = ["model.SentenceEncoder"]
+    home, kinds = "model", ["SentenceEncoder"]
     if plain:
-        kinds = ["Transformer", "Pooling"] + ["Normalize"] * c.normalize
-        types = [f"sentence_transformers.models.{kind}" for kind in kinds]
+        home, kinds = "sentence_transformers.models", ["Transformer", "Pooling"]
+        kinds += ["Normalize"] * c.normalize
         modes = ("mean_tokens", "cls_token", "max_tokens", "mean_sqrt_len_tokens")
         pooling = {f"pooling_mode_{m}": m.rsplit("_", 1)[0] == c.pooling for m in modes}
         files["1_Pooling/config.json"] = {"word_embedding_dimension": c.hidden_size, **pooling}
-        files["sentence_bert_config.json"] = {"max_seq_length": c.max_seq_length}
     else:
         (folder / "model.py").write_bytes(Path(__file__).read_bytes())
     if c.prompt:
         prompts = {"prompts": {"default": c.prompt}, "default_prompt_name": "default"}
         files["config_sentence_transformers.json"] = prompts
     files["modules.json"] = [
-        {"idx": i, "name": str(i), "path": f"{i}_{kind.split('.')[-1]}" if i else "", "type": kind}
-        for i, kind in enumerate(types)
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"{home}.{kind}"}
+        for i, kind in enumerate(kinds)
     ]
     for name, value in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -1086,9 +1031,6 @@ def _turned(m, x, activation="identity"):
     return ACTIVATIONS[activation](x @ m.weight + (0 if m.bias is None else m.bias))
 
 
-ONNX_POOLINGS = {"mean": "PoolingType.MEAN", "cls": "PoolingType.CLS"}  # that consumers have
-
-
 def write_onnx(model, folder):
     """Write model.onnx, float32, and model_quantized.onnx, 8 bits.
 
@@ -1097,8 +1039,7 @@ def write_onnx(model, folder):
     pooling that the consumers lack.
     """
     c = model.config
-    known = ", ".join(ONNX_POOLINGS)
-    need(c.pooling in ONNX_POOLINGS, f"pooling {c.pooling!r}: the users of ONNX know {known}")
+    need(c.pooling in ("mean", "cls"), f"pooling {c.pooling!r}: the users of ONNX know mean, cls")
     need(4 * ledger(c)["total"] < 2**31, "over 2 GB, the limit of an ONNX file")
     try:  # sentence-transformers demands every package that model.py imports outside of a try
         import onnxscript  # noqa: F401 - torch.onnx needs it
@@ -1112,15 +1053,14 @@ def write_onnx(model, folder):
         m.weight = nn.Parameter(m.weight.T.contiguous(), requires_grad=False)
         m.forward = functools.partial(_turned, m)
     model.forward = lambda input_ids, attention_mask: model.hidden(input_ids, attention_mask.bool())
-    ids = torch.full((2, 7), c.pad_token_id)
-    ids[:, :5] += 1  # any real token
+    ids = torch.ones(2, 7, dtype=torch.int64)  # any: values are not looked at
     names = {"input_names": ["input_ids", "attention_mask"], "output_names": ["last_hidden_state"]}
     names["dynamic_shapes"] = [{0: "batch", 1: "length"}] * 2
     folder.mkdir()
     with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as after:
         logging.disable(logging.WARNING)  # of packages that tracer and quantizer could do without
         after.callback(logging.disable, logging.NOTSET)
-        inputs = (ids, (ids != c.pad_token_id).long())
+        inputs = (ids, ids.clone())
         program = torch.onnx.export(model, inputs, dynamo=True, verbose=False, **names)
         ClearMetadataAndDocStringPass()(program.model)  # this machine's paths are in it
         program.save(full := folder / "model.onnx")
@@ -1129,74 +1069,57 @@ def write_onnx(model, folder):
         quantize_dynamic(full, folder / "model_quantized.onnx", **unsigned)
 
 
-CARD = """---
-language: {languages}
+def model_card(model, source, name, weights, onnx, plain):
+    """README.md for a hub; scores and origin are in results.json beside the folder `source`."""
+    c, languages, made = model.config, ["multilingual"], ""
+    with contextlib.suppress(InputError), reading(source, "of a run"):  # the file may be anybody's
+        results = read_json(source.parent / "results.json")
+        row = [v for k, v in results["rows"].items() if k.split(",")[0] == source.name][-1]
+        scores = {k: v for k, v in row["spearman"].items() if v == v}
+        seen = {x for pair in scores for x in pair.split("-")} | set(row["accuracy"])
+        languages = sorted(seen) or languages
+        if scores:
+            shown = ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
+            made = f"Spearman x 100: {shown}; mean {sum(scores.values()) / len(scores):.1f}.\n\n"
+        given, git = results["arguments"], results["git"] or "unknown"
+        made += f"Teacher: {given['teacher'] or 'built in'}; "
+        made += f"assistant: {given['assistant'] or 'made of the teacher'}; "
+        made += f"data: {', '.join(given['train'] + given['extra']) or 'built in'}; "
+        made += f"seed {results['seed']}; code: {git}.\n"
+    trust = "" if plain else ", trust_remote_code=True"
+    uses = f"""from sentence_transformers import SentenceTransformer
+SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])
+"""
+    here = f'model.load("{name}").encode(["A sentence."])  # with the model.py here\n'
+    others = f"""
+// transformers.js; "q8" is 8 bits, "fp32" exact
+const extract = await pipeline("feature-extraction", "{name}", {{ dtype: "q8" }});
+await extract(["{c.prompt}Hi"], {{ pooling: "{c.pooling}", normalize: true }});
+
+# fastembed; ONNX Runtime itself: input_ids, attention_mask -> last_hidden_state
+TextEmbedding.add_custom_model("{name}", pooling=PoolingType.{c.pooling.upper()}, dim={c.width},
+    normalization=True, sources=ModelSource(hf="{name}"), model_file="onnx/model.onnx")
+list(TextEmbedding("{name}").embed(["{c.prompt}Hi"]))
+"""
+    return f"""---
+language: {json.dumps(languages)}
 license: other
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
-tags: [sentence-transformers, feature-extraction, multilingual{tag}]
+tags: [sentence-transformers, feature-extraction, multilingual]
 ---
 # {name}
 
-Sentences of at most {c.max_seq_length} tokens to vectors of {c.width}, compared by cosine.
-{c.model_type}: {c.num_hidden_layers} layers applied {c.recurrence} times, word table
-{c.vocab_size} x {table}, {c.pooling} pooling. `model.safetensors` is {weights}.
+Sentences to vectors, compared by cosine. Its weights are stored in {weights}.
 
-| part | parameters | MB float32 | float16 | int8 |
-|---|---:|---:|---:|---:|
-{sizes}
+{made}Made by multi-stage distillation ([arXiv 2209.05869](https://arxiv.org/abs/2209.05869)).
+The licences of teacher, assistant and training data apply to this model; the code is MIT.
 
-{scores}Made by multi-stage distillation ([arXiv 2209.05869](https://arxiv.org/abs/2209.05869)).
-{origin}The licences of teacher, assistant and training data apply to this model; the code is MIT.
+{textwrap.indent(uses + here * (not plain) + others * onnx, "    ")}
+Its shape, and its size by part and precision:
 
-    from sentence_transformers import SentenceTransformer
-    vectors = SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])
+{textwrap.indent(describe(model), "    ")}
 """
-CARD_HERE = """
-Or, with the `model.py` here: `vectors = model.load("{name}").encode(["A sentence.", "Ein Satz."])`.
-"""
-CARD_ONNX = """
-transformers.js (dtype "fp32" or "q8"), fastembed, and for ONNX Runtime itself `onnx/model.onnx`,
-from `input_ids` and `attention_mask` to `last_hidden_state`:
-
-    const extract = await pipeline("feature-extraction", "{name}", {{ dtype: "q8" }});
-    const vectors = await extract(["{c.prompt}Hi"], {{ pooling: "{c.pooling}", normalize: true }});
-
-    TextEmbedding.add_custom_model("{name}", pooling={pooling}, normalization=True,
-        dim={c.width}, sources=ModelSource(hf="{name}"), model_file="onnx/model.onnx")
-    vectors = list(TextEmbedding("{name}").embed(["{c.prompt}Hi"]))
-"""
-
-
-def model_card(model, source, name, weights, onnx, plain):
-    """README.md for a hub; scores and origin are in results.json beside the folder `source`."""
-    c, results = model.config, {}
-    with contextlib.suppress(InputError):  # a file of that name may be anybody's
-        results = read_json(source.parent / "results.json")
-    results = results if {"rows", "bootstrap"} <= results.keys() else {}
-    rows, given = results.get("rows", {}), results.get("arguments", {})
-    row = next((rows[k] for k in reversed(rows) if k.split(",")[0] == source.name), {})
-    scores = {k: v for k, v in row.get("spearman", {}).items() if v == v}
-    languages = {x for pair in scores for x in pair.split("-")} | set(row.get("accuracy", {}))
-    table, origin, shown = c.bottleneck_size or c.hidden_size, "", ""
-    counts = {**ledger(c), "word table": c.vocab_size * table}
-    line = "| {} | {:,} | {:,.1f} | {:,.1f} | {:,.1f} |"
-    sizes = [line.format(k, n, 4 * n / 1e6, 2 * n / 1e6, n / 1e6) for k, n in counts.items()]
-    if scores:
-        sets = ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
-        shown = f"Spearman x 100: {sets}; mean {sum(scores.values()) / len(scores):.1f}.\n\n"
-    if row:
-        made = {k: given.get(k) or "of this code's demo" for k in ("teacher", "assistant")}
-        texts = ", ".join([*(given.get("train") or ["built in"]), *(given.get("extra") or [])])
-        origin = f"Teacher: {made['teacher']}; assistant: {made['assistant']}; data: {texts}; "
-        origin += f"seed {results.get('seed')}; code: {results.get('git')}.\n"
-    return (CARD + CARD_HERE * (not plain) + CARD_ONNX * onnx).format(
-        languages=json.dumps(sorted(languages) or ["multilingual"]),
-        **{"c": c, "name": name, "weights": weights, "table": table, "sizes": "\n".join(sizes)},
-        **{"scores": shown, "origin": origin, "tag": ", onnx" * onnx},
-        trust="" if plain else ", trust_remote_code=True",
-        pooling=ONNX_POOLINGS.get(c.pooling),
-    )
 
 
 # -------------------------------------------------------------------------------------------- use
@@ -1252,12 +1175,11 @@ def meter(what, say=lambda text: print(text, file=sys.stderr)):
 
 
 def describe(model):
-    """The shape and the size of a model: its Config, then the parameters of each part."""
+    """The shape and the size of a model: its Config, then the parameters and MB of each part."""
     lines = [f"{name:25}{value!r:>14}" for name, value in vars(model.config).items()]
     for part, n in ledger(model.config).items():
-        mb = n * 4 / 2**20
-        sizes = f"parameters{mb:10.1f} MB float32{mb / 2:10.1f} MB bfloat16"
-        lines.append(f"{part:25}{n:14,} {sizes}")
+        sizes = [f"{n * size / 1e6:10,.1f} MB {kind}" for kind, size in BYTES.items()]
+        lines.append(f"{part:12}{n:14,} parameters{''.join(sizes)}")
     return "\n".join(lines)
 
 
@@ -1279,8 +1201,8 @@ def corpus_vectors(args, lines, model):
         with reading(file, f"float16 {shape} by {source} for queries by {args.model}", fix):
             out = np.load(file, mmap_mode="r")
             need(out.dtype == np.float16 and out.shape == shape, f"{out.dtype} {out.shape}")
-            off = [abs(np.linalg.norm(x, axis=1) - 1).max() for x in blocks(out)]
-            need(all(x < 0.01 for x in off), "not all rows are unit vectors")  # NaN is not, either
+            units = all(abs(np.linalg.norm(x, axis=1) - 1).max() < 0.01 for x in blocks(out))
+            need(units, "not all rows are unit vectors")
             return out
     maker = load(args.index, args.dtype) if args.index else model
     widths = f"{args.model} makes vectors of {shape[1]}, {source} of {maker.config.width}"
@@ -1315,29 +1237,26 @@ def search(args, model):
         print(end="\n" if args.query is None else "", flush=True)
 
 
-COMMANDS = {  # name: (arguments after the model, what it does)
-    "similarity": (("a", "b"), "the cosine of two sentences"),
-    "search": (("corpus",), "the lines of a text file that are nearest to a query"),
-    "encode": ((), "lines of standard input to vectors, a .npy file on standard output"),
-    "info": ((), "shape and size"),
-    "export": (("out",), "a folder ready to upload, for other programs, too"),
-}
-
-
 def main(argv=None):
     ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = ("float32", "bfloat16")
     ap.add_argument("--dtype", choices=kinds, help="arithmetic; default: the best")
     commands = ap.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (arguments, text) in COMMANDS.items():
+
+    def command(name, text, *arguments):
         sub = commands.add_parser(name, help=text, description=text)
         for argument in ("model", *arguments):
             sub.add_argument(argument)
-    add = commands.choices["search"].add_argument
+        return sub.add_argument
+
+    command("similarity", "the cosine of two sentences", "a", "b")
+    add = command("search", "the lines of a text file that are nearest to a query", "corpus")
     add("query", nargs="?", help="without one, each line of standard input is a query")
     add("--top", type=int, default=5, help="lines to show")
     add("--index", metavar="MODEL2", help="encodes the corpus, MODEL the queries; of one space")
-    add = commands.choices["export"].add_argument
+    command("encode", "lines of standard input to vectors, a .npy file on standard output")
+    command("info", "shape and size")
+    add = command("export", "a folder ready to upload, for other programs, too", "out")
     add("--weights", choices=("float32", "float16", "int8"), default="float32")
     add("--onnx", action="store_true", help="for ONNX Runtime, transformers.js and fastembed, too")
     add("--plain", action="store_true", help="without bottleneck and recurrence: opens anywhere")

@@ -999,11 +999,11 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
                 b'{"a":'
                 + json.dumps(ENTRY).encode()
                 + b',"a":'
-                + json.dumps(ENTRY).encode()
+                + json.dumps({**ENTRY, "data_offsets": [8, 16]}).encode()
                 + b"}",
-                b"x" * 8,
+                b"x" * 16,
             ),
-            "duplicate key",
+            "hole",
         ),
     ],
 )
