@@ -255,7 +255,7 @@ class Corpus:
         )
         if cut := sum(r["lines"] >= max_lines for r in self.report):
             yield f"  {cut} files reach --max-lines {max_lines:,}; lines beyond it are not read"
-        # The first example of each kind.
+        # Reversed, so that the example of the first file stays.
         examples = {k: v for r in reversed(self.report) for k, v in r["examples"].items()}
         for kind, what in (
             ("same", "both sides are equal"),

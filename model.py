@@ -185,19 +185,23 @@ def read_safetensors(path, to=None, copy=False):
     """(tensors by name, metadata) of a safetensors file.
 
     Tensors are views of a private mapping of the file: a page costs memory when it is first
-    touched. With `to`, those of another floating dtype are converted, with `copy` all are copied.
+    touched. With `to`, those of another floating dtype are converted, with `copy` all are copied,
+    one at a time, and the pages they came from are given back.
     Raises: InputError with the file and the reason.
     """
     fix = ". Fetch or export it again"
     with reading(path, "a valid safetensors file", fix), open(path, "rb") as f:
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         meta, entries = _read_header(data)
-    tensors = {}
+    tensors, page = {}, mmap.PAGESIZE
     for name, (kind, shape, start, end) in entries.items():
         raw = torch.from_numpy(np.frombuffer(data, np.uint8, end - start, start))
         raw = raw.clone() if start % kind.itemsize else raw  # a foreign writer's: aligned by a copy
         target = to if to and kind.is_floating_point else kind
         tensors[name] = raw.view(kind).view(shape).to(target, copy=copy)
+        first, last = -(-start // page) * page, end // page * page  # whole pages inside
+        if (copy or target != kind) and last > first and hasattr(data, "madvise"):
+            data.madvise(mmap.MADV_DONTNEED, first, last - first)
     return tensors, meta
 
 
@@ -404,8 +408,8 @@ class Linear(nn.Linear):
 
 @functools.cache
 def has_onednn(device, dtype):
-    """Can inference call oneDNN itself? It is faster than MKL, which torch takes for float32, on
-    AMD, and GELU costs little while a product is still in the cache."""
+    """Can inference call oneDNN itself? torch sends float32 products to MKL, which is slower on AMD
+    (Intel was not measured), and oneDNN applies GELU while a product is still in the cache."""
     if device != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     bfloat16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -440,12 +444,12 @@ class Embeddings(nn.Module):
         super().__init__()
         self.config, H = c, c.hidden_size
         width = c.bottleneck_size or H
-        # At zero, as all is set later: nn.Embedding(), on meta, imports a second's worth of torch
-        table = functools.partial(WordTable.from_pretrained, freeze=False)
-        self.word = table(torch.zeros(c.vocab_size, width), padding_idx=c.pad_token_id)
+        # At zero, as all is set later: a random start, on meta, imports a second's worth of torch
+        words, positions, types = c.vocab_size, c.max_position_embeddings, c.type_vocab_size
+        self.word = WordTable.from_pretrained(torch.zeros(words, width), False, c.pad_token_id)
         self.project = Linear(width, H, bias=False) if c.bottleneck_size else None
-        self.position = table(torch.zeros(c.max_position_embeddings, H))
-        self.token_type = table(torch.zeros(c.type_vocab_size, H))
+        self.position = nn.Embedding.from_pretrained(torch.zeros(positions, H), False)
+        self.token_type = nn.Embedding.from_pretrained(torch.zeros(types, H), False)
         self.norm = LayerNorm(H, eps=c.layer_norm_eps)
 
     def forward(self, ids, dtype):  # ids (N, T)
@@ -582,14 +586,14 @@ class Encoder(nn.Module):
             lengths.append(np.fromiter(map(len, found), np.int64))
         return np.concatenate(flat), np.cumsum(np.concatenate(lengths))
 
-    def batch(self, flat, starts, rows):
-        """Rows of a flat token store -> ids int64 and mask bool, (N, T) each, on this device."""
+    def batch(self, flat, starts, rows, device=None):
+        """Rows of a flat token store -> ids int64 and mask bool, (N, T) each, on the device."""
         start, n = starts[rows], starts[rows + 1] - starts[rows]  # (N,)
         t = np.arange(max(int(n.max()), 1))
         mask = t < n[:, None]  # (N, T)
         ids = np.full(mask.shape, self.config.pad_token_id, np.int64)
         ids[mask] = flat[(start[:, None] + t)[mask]]
-        return put(ids, self.device), put(mask, self.device)
+        return put(ids, device or self.device), put(mask, device or self.device)
 
     @torch.inference_mode()
     def embed(self, flat, starts, layers=True, budget=None, progress=None, most=None):
@@ -627,7 +631,7 @@ class Encoder(nn.Module):
         for i, t in enumerate(texts):
             if not isinstance(t, str) or re.search("[\ud800-\udfff]", t):  # half of a pair
                 raise InputError(f"text {i} is {t!r:.60}, expected a str of whole characters")
-        if progress is None and sys.stderr and sys.stderr.isatty():
+        if progress is None and getattr(sys.stderr, "isatty", bool)():
             progress = meter("encode")
         out = self.embed(*self.tokenize(texts, prompt), progress=progress, most=batch)
         normalize = self.config.normalize if normalize is None else normalize
@@ -917,6 +921,7 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
     need(not int8, f"{source}: its weights are int8; export the float32 model it was made of")
     dense = f"{source}: has a Dense module; other programs open it without --onnx and --plain"
     need(not model.config.dense or not (plain or onnx), dense)
+    before = ledger(model.config)["total"]
     model = unroll(model) if plain else model
     with atomic(out) as tmp:
         tmp.mkdir()
@@ -927,7 +932,8 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
         if onnx:
             write_onnx(model, tmp / "onnx")
     total, stored = ledger(model.config)["total"], (out / "model.safetensors").stat().st_size
-    return f"{out}: {total:,} parameters; weights {stored / 1e6:,.1f} MB"
+    larger = f", {total / before:.1f} x those of {source.name}" if plain else ""
+    return f"{out}: {total:,} parameters{larger}; weights {stored / 1e6:,.1f} MB"
 
 
 @torch.no_grad()
@@ -999,7 +1005,8 @@ class SentenceEncoder(nn.Module):
 
     def tokenize(self, texts, **_):
         flat, starts = self.encoder.tokenize(texts, prompt="")  # the prompt is there already
-        ids, mask = self.encoder.batch(flat, starts, np.arange(len(texts)))
+        # On the CPU: a DataLoader pins what it collates, and its workers must not touch a GPU.
+        ids, mask = self.encoder.batch(flat, starts, np.arange(len(texts)), "cpu")
         return {"input_ids": ids, "attention_mask": mask.long()}  # (N, T) each
 
     def forward(self, features, **_):
@@ -1028,6 +1035,7 @@ class SentenceEncoder(nn.Module):
 
 
 def _turned(m, x, activation="identity"):
+    """Linear.forward with the weight stored turned, see write_onnx."""
     return ACTIVATIONS[activation](x @ m.weight + (0 if m.bias is None else m.bias))
 
 
@@ -1192,10 +1200,11 @@ def blocks(vectors, rows=4096):
 def corpus_vectors(args, lines, model):
     """Unit vectors (n, width) float16 of a corpus, for queries by `model`; stored beside it.
 
+    The key knows corpus and model, not --dtype: what bfloat16 stored, a float32 query reads.
     Raises: InputError for a file that holds no such vectors, and for models of two widths.
     """
     source, shape = args.index or args.model, (len(lines), model.config.width)
-    file = f"{args.corpus}.{digest(lines, fingerprint(source))}.npy"
+    file = f"{args.corpus}.{digest(1, lines, fingerprint(source))}.npy"  # 1: of what is stored
     if os.path.exists(file):
         fix = "; " + "choose models of one width, or " * bool(args.index) + "delete it"
         with reading(file, f"float16 {shape} by {source} for queries by {args.model}", fix):
@@ -1260,7 +1269,12 @@ def main(argv=None):
     add("--weights", choices=("float32", "float16", "int8"), default="float32")
     add("--onnx", action="store_true", help="for ONNX Runtime, transformers.js and fastembed, too")
     add("--plain", action="store_true", help="without bottleneck and recurrence: opens anywhere")
-    args = ap.parse_args(argv)
+    args, rest = ap.parse_known_args(argv)
+    # Python 3.11 gives an optional positional up at the first flag before it.
+    if len(rest) == 1 and getattr(args, "query", "") is None and not rest[0].startswith("-"):
+        args.query = rest.pop()
+    if rest:
+        ap.error(f"unrecognized arguments: {' '.join(rest)}")
     odd = re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", " ".join(map(str, vars(args).values())))
     need(not odd, "expected text in UTF-8 without control characters")
     need(getattr(args, "top", 1) > 0, "--top: expected 1 or more")

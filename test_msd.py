@@ -246,8 +246,9 @@ def test_fast_paths_equal_plain_ones(tokenizer):
     sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
     gap = (M.plain_attention(q, k, v, bias) - sdpa).abs().max()
     assert gap < 1e-6, f"attention differs by {gap}"
+    assert M.has_onednn("cpu", torch.float32) == torch.backends.mkldnn.is_available()
     for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
-        x = torch.randn(9, 32).to(dtype)
+        x = torch.randn(2, 9, 32).to(dtype)
         for activation in ("identity", "gelu", "relu"):
             plain = m.layers[0].up(x, activation)
             with torch.no_grad():

@@ -645,6 +645,7 @@ def make_demo(run):
     with run.first():
         if not made.exists():
             demo.write_demo(made)
+    # After run.identity was taken: that they were not given is what the run is known by.
     args.train, args.dev = ([str(made / x / "en-*.tsv")] for x in ("train", "dev"))
     args.sts = made / "sts"
     if not run.teacher.exists():  # the stand-in for a real one
