@@ -1504,7 +1504,9 @@ def test_signals_save_and_leave(world, finished, number, code):
     )
     while "stage 1, " not in p.stdout.readline():
         assert p.poll() is None, p.stderr.read()
-    time.sleep(0.7)
+    while '"stage": "stage 1", "step"' not in (out / "log.jsonl").read_text("utf-8"):
+        assert p.poll() is None, p.stderr.read()
+        time.sleep(0.05)
     p.send_signal(number)
     _, err = p.communicate(timeout=60)
     assert p.returncode == code and "the same command continues" in err
@@ -1512,6 +1514,23 @@ def test_signals_save_and_leave(world, finished, number, code):
     changed = run(command(world, out, "--epochs", "300", "--lr", "0.5"))
     assert changed.returncode == 2 and "started with lr [0.002," in changed.stderr
     assert "choose another --out" in changed.stderr
+
+
+def test_a_run_is_known_by_its_content(world, finished, tmp_path, capsys):
+    """Data that moved is the same; a file that changed is not, nor is a damaged table shown."""
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    shutil.copytree(world / "whole", out)
+    for folder in ("d", "teacher"):
+        shutil.copytree(world / folder, moved / folder)
+    args = command(moved, out)
+    assert "this run is finished" in run_here(capsys, args)
+    write(out / "results.json", "{}")
+    with pytest.raises(M.InputError, match="not a run's results.*delete it"):
+        run_here(capsys, args)
+    with open(moved / "d" / "en-de.tsv", "a", encoding="utf-8") as f:
+        f.write("a new pair\tein neues Paar\n")
+    with pytest.raises(M.InputError, match="started with content of --(dev|train) .*, now it is"):
+        run_here(capsys, args)
 
 
 def test_every_stage_resumes_to_the_bit(world, finished, tmp_path, monkeypatch):
@@ -2068,6 +2087,7 @@ def test_search_stores_the_corpus(search, tokenizer):
     vectors, want = np.load(file), M.load("small").encode(["red old", "blue new", "two dogs run"])
     assert re.fullmatch(r"corpus\.txt\.\w+\.npy", file) and file in first.err
     assert vectors.dtype == np.float16 and apart(vectors, M.unit(want)) < 1e-3
+    assert search("--top", "1", "blue new").out == first.out.splitlines(True)[0]
     again = search("blue new")
     assert again.out == first.out and not again.err and search.seen == ["small", "blue new"]
     before = Path(file).read_bytes()
