@@ -265,13 +265,13 @@ def same_run(run):
     now = {k: v for k, v in vars(args).items() if k not in FREE}
     for flag in ("train", "extra", "dev"):
         now[flag] = [Path(pattern).name for pattern in now[flag]]
-        now[f"content of --{flag}"] = data.digest(*expand(getattr(args, flag), f"--{flag}"))
+        now[f"content of --{flag}"] = M.digest(*expand(getattr(args, flag), f"--{flag}"))
     for flag in ("teacher", "assistant"):
         if folder := now[flag]:
             now[flag], now[f"content of --{flag}"] = Path(folder).name, fingerprint(folder)
     if args.sts:
         sets = sorted(f for f in Path(args.sts).glob("[!.]*") if f.is_file())
-        now["sts"], now["content of --sts"] = Path(args.sts).name, data.digest(*sets)
+        now["sts"], now["content of --sts"] = Path(args.sts).name, M.digest(*sets)
     now = json.loads(json.dumps(now))  # as a file gives it back
     before = M.read_json(file) if file.exists() else now
     for key in sorted(now | before):
@@ -297,7 +297,7 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
     start = training.restore()
     run.busy = True  # a signal now waits for the end of its step
     for step in range(start, steps):
-        seed = data.digest(run.args.seed, name, step, run.rank)  # of dropout
+        seed = M.digest(run.args.seed, name, step, run.rank)  # of dropout
         torch.manual_seed(int(seed[:15], 16))
         for group in optimizer.param_groups:
             group["lr"] = lr * rate_at(step, steps)
