@@ -181,28 +181,42 @@ def _read_header(data):
     return meta, entries
 
 
+PIECE = 2**22  # numbers of a tensor to look at before their pages are given back
+
+
 def read_safetensors(path, to=None, copy=False):
     """(tensors by name, metadata) of a safetensors file.
 
-    Tensors are views of a private mapping of the file: a page costs memory when it is first
-    touched. With `to`, those of another floating dtype are converted, with `copy` all are copied,
-    one at a time, and the pages they came from are given back.
-    Raises: InputError with the file and the reason.
+    Tensors are views of a private mapping of the file: a page costs memory when it is used. With
+    `to`, those of another floating dtype are converted, with `copy` all are copied.
+    Raises: InputError with the file and the reason, also for values that are not finite.
     """
     fix = ". Fetch or export it again"
     with reading(path, "a valid safetensors file", fix), open(path, "rb") as f:
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         meta, entries = _read_header(data)
-    tensors, page = {}, mmap.PAGESIZE
-    for name, (kind, shape, start, end) in entries.items():
-        raw = torch.from_numpy(np.frombuffer(data, np.uint8, end - start, start))
-        raw = raw.clone() if start % kind.itemsize else raw  # a foreign writer's: aligned by a copy
-        target = to if to and kind.is_floating_point else kind
-        tensors[name] = raw.view(kind).view(shape).to(target, copy=copy)
-        first, last = -(-start // page) * page, end // page * page  # whole pages inside
-        if (copy or target != kind) and last > first and hasattr(data, "madvise"):
-            data.madvise(mmap.MADV_DONTNEED, first, last - first)
+        tensors = {}
+        for name, (kind, shape, start, end) in entries.items():
+            raw = torch.from_numpy(np.frombuffer(data, np.uint8, end - start, start))
+            raw = raw.clone() if start % kind.itemsize else raw  # a foreign writer's: align it
+            tensor, floating = raw.view(kind), kind.is_floating_point
+            target = to if to and floating else kind
+            out = torch.empty_like(tensor, dtype=target) if copy or target != kind else tensor
+            for source, piece in zip(tensor.split(PIECE), out.split(PIECE)):
+                finite = not floating or torch.isfinite(source.sum(dtype=torch.float32))
+                need(finite, f"{name} holds values that are not finite")
+                if out is not tensor:
+                    piece.copy_(source)
+                _give_back(data, start, start := start + source.nbytes)
+            tensors[name] = out.view(shape)
     return tensors, meta
+
+
+def _give_back(data, start, end, page=mmap.PAGESIZE):
+    """Let the memory of a mapping's bytes go; read again, they come from the file."""
+    first, last = -(-start // page) * page, end // page * page  # whole pages inside
+    if last > first and hasattr(data, "madvise"):
+        data.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def write_safetensors(path, tensors, meta=None):
@@ -795,8 +809,8 @@ def find_body(tensors, place):
 def read_weights(folder, to=None, copy=False):
     """All tensors of an encoder's directory by our names; to, copy: as in read_safetensors.
 
-    Raises: InputError for files that are missing or damaged, and for weights that are there twice,
-    of no floating dtype or not finite.
+    Raises: InputError for files that are missing or damaged, and for weights that are there twice
+    or of no floating dtype.
     """
     folder = Path(folder)
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
@@ -815,7 +829,6 @@ def read_weights(folder, to=None, copy=False):
             rows = t.dtype == torch.int8 and t.dim() == 2 and scale.shape == t.shape[:1]
             kinds = "a floating one, or int8 rows with a scale each"
             need(rows or t.is_floating_point(), f"{name} has dtype {t.dtype}, expected {kinds}")
-            need(rows or torch.isfinite(t.sum()), f"{name} holds values that are not finite")
         need(TABLE in tensors and tensors[TABLE].dim() == 2, f"no 2-dimensional {TABLE}")
         return from_hf(widen(tensors))
 
@@ -890,9 +903,10 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
         state |= {f"dense.{i}.{k}": v for k, v in read_safetensors(file, torch.float32)[0].items()}
     config = read_config(root, pad_id, {k: tuple(v.shape) for k, v in state.items()})
     config = replace(config, dropout=dropout, max_seq_length=min(config.max_seq_length, max_tokens))
-    V, largest = config.vocab_size, max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
-    few = f"token ids up to {largest}, but the word table has {V} rows; not of one model"
-    need(largest < V, f"{body / 'tokenizer.json'}: {few}")
+    V, pieces = config.vocab_size, tokenizer.get_vocab_size()
+    few = f"{pieces} pieces, but the word table has {V} rows; not of one model"
+    fits = pieces <= V and tokenizer.id_to_token(V) is None and max(tokenizer.encode("").ids) < V
+    need(fits, f"{body / 'tokenizer.json'}: {few}")
     with torch.device("meta"):  # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, kind)
         if "embeddings.word.scale" in state:
