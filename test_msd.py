@@ -898,7 +898,7 @@ def test_keep_vocab_of_a_run(world, finished, tmp_path, capsys):
     pieces = len(M.load(given).tokenizer.get_vocab())
     flags = ["--stages", "4", "--assistant", given, "--keep-vocab"]
     told = run_here(capsys, command(world, tmp_path / "run", *flags, pieces - 40))
-    assert "of dev en-de" in told and "assistant, cut" in told
+    assert "of dev en-de" in told and "assistant, given" in told
     cut, student = (M.load(tmp_path / "run" / x) for x in ("assistant", "student"))
     assert cut.config.vocab_size == student.config.vocab_size == pieces - 40
     for bad, message in (

@@ -578,12 +578,12 @@ def pipeline(run):
     assistant = args.assistant and Path(args.assistant)
     if not assistant:
         assistant = run.build(between / "assistant-start", start_assistant)
-        models["assistant, untrained"] = assistant
     elif args.keep_vocab:
+        models["assistant, given"] = assistant
         cut = between / "assistant-start" if 1 in args.stages else out / "assistant"
-        models |= {"assistant, given": assistant, "assistant, cut": cut}
         assistant = run.build(cut, start_cut_assistant)
     if 1 in args.stages:
+        models["assistant, untrained"] = assistant
         assistant = train_stage(run, 1, models, assistant, out / "assistant")
     models["assistant"] = assistant
 
