@@ -1104,10 +1104,10 @@ def model_card(model, source, name, weights, onnx, plain):
             shown = ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
             made = f"Spearman x 100: {shown}; mean {sum(scores.values()) / len(scores):.1f}.\n\n"
         given, git = results["arguments"], results["git"] or "unknown"
-        made += f"Teacher: {given['teacher'] or 'built in'}; "
-        made += f"assistant: {given['assistant'] or 'made of the teacher'}; "
-        made += f"data: {', '.join(given['train'] + given['extra']) or 'built in'}; "
-        made += f"seed {results['seed']}; code: {git}.\n"
+        made += f"Teacher: {(given['teacher'] or ['built in'])[0]}; "
+        made += f"assistant: {(given['assistant'] or ['made of the teacher'])[0]}; "
+        files = [name for name, _ in given["train"] + given["extra"]]
+        made += f"data: {', '.join(files) or 'built in'}; seed {given['seed']}; code: {git}.\n"
     trust = "" if plain else ", trust_remote_code=True"
     uses = f"""from sentence_transformers import SentenceTransformer
 SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])

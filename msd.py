@@ -1,6 +1,6 @@
 """Multi-stage distillation: the method of Ding et al., Findings of NAACL 2022, arXiv 2209.05869.
 
-The paper and nothing else, in the paper's order:
+The paper in its order, then what a run needs where no published assistant is at hand:
     losses  |  the four stages  |  sizes and presets  |  how a student begins  |  an assistant
 
 s is an English sentence, t its translation; T the teacher, A the assistant, S the student.
@@ -36,7 +36,8 @@ def contrastive(S_s, S_t, T_s):
     mean_ij (cos(S(s_i), S(t_j)) - cos(T(s_i), T(s_j)))^2. The teacher's own similarities in the
     batch are the target, diagonal included: no temperature, no hard negatives.
     """
-    # A temperature would need another distance: dividing both matrices only scales this one.
+    # A temperature here would only scale the loss; it needs another distance, such as the KL
+    # divergence between the softmax of rows.
     return mse(cos_matrix(S_s, S_t), cos_matrix(T_s, T_s))  # both (N, N)
 
 
@@ -46,19 +47,18 @@ class Stage:
     """One row of the paper's schedule."""
 
     title: str
-    trains: str  # assistant or student
     targets: str  # whose vectors are the targets: teacher or assistant
-    layers: bool  # False: the embedding blocks alone, pooled, on both sides of the loss
     own: bool  # True: each side has its own target; False: the English side's serves both
+    layers: bool = True  # False: the embedding blocks alone, pooled, on both sides of the loss
     contrast: bool = False  # add the contrastive loss, "mcl" in the log
     extra: bool = False  # train on the files of --extra, too
 
 
-STAGES = {
-    1: Stage("teaching assistant", "assistant", "teacher", layers=True, own=False),
-    2: Stage("align the bottleneck", "student", "assistant", False, own=True, extra=True),
-    3: Stage("distil", "student", "assistant", layers=True, own=True, extra=True),
-    4: Stage("multilingual contrastive learning", "student", "teacher", True, False, contrast=True),
+STAGES = {  # stage 1 trains the assistant, the others the student
+    1: Stage("teaching assistant", "teacher", own=False),
+    2: Stage("align the bottleneck", "assistant", own=True, layers=False, extra=True),
+    3: Stage("distil", "assistant", own=True, extra=True),
+    4: Stage("multilingual contrastive learning", "teacher", own=False, contrast=True),
 }
 
 
@@ -108,11 +108,7 @@ PRESETS = {
     "xlmr": Preset(128, 3, 4, lr=(16e-5, 16e-5, 8e-5, 16e-5)),
     "minilm": Preset(128, 6, 2, batch=(64, 256, 64, 64)),
     "demo": Preset(
-        *(12, 2, 2),
-        lr=(2e-3, 4e-3, 2e-3, 2e-3),
-        epochs=(0.25, 1, 0.12, 0.18),
-        dropout=0,
-        vocab=4000,
+        12, 2, 2, (2e-3, 4e-3, 2e-3, 2e-3), epochs=(0.25, 1, 0.12, 0.18), dropout=0, vocab=4000
     ),
 }
 # Common to all, as in the paper.
@@ -128,10 +124,8 @@ def check_sizes(c, B, K, R):
     """Raises: InputError where an assistant of Config c cannot give a student of these sizes."""
     H, depth = c.hidden_size, c.num_hidden_layers
     need(1 <= K <= depth, f"--layers {K}: expected 1 to {depth}, the assistant's")
-    need(
-        0 <= B < H,
-        f"--bottleneck {B}: expected 0, for none, or up to {H - 1}, as hidden_size is {H}",
-    )
+    size = f"expected 0, for none, or up to {H - 1}, as hidden_size is {H}"
+    need(0 <= B < H, f"--bottleneck {B}: {size}")
     need(R >= 1, f"--recurrence {R}: expected 1 or more")
     need(not c.bottleneck_size, "the assistant has a bottleneck itself; give the full-size model")
 
@@ -190,13 +184,9 @@ def principal_directions(E, B, counts=None):
     By counts (V,) ** 3/4 frequent pieces are kept best, but full stops do not crowd out what
     carries meaning. Measured: results/README.md.
     """
-    # They are the eigenvectors of E'WE, which is only (H, H): exact, and no copy of E.
-    weights = torch.ones(len(E)) if counts is None else torch.from_numpy(counts) ** 0.75
-    gram = torch.zeros(E.shape[1], E.shape[1], dtype=torch.float64, device=E.device)
-    for rows, w in zip(E.split(16384), weights.to(E.device).double().split(16384)):
-        rows = rows.double()
-        gram += rows.T @ (rows * w[:, None])
-    return torch.linalg.eigh(gram)[1][:, -B:].float()
+    W = torch.ones(len(E)) if counts is None else torch.from_numpy(counts) ** 0.75
+    gram = E.T @ (E * W.to(E)[:, None])  # (H, H): its eigenvectors are E's right singular vectors
+    return torch.linalg.eigh(gram.double())[1][:, -B:].to(E)
 
 
 # ------------------------------------------------------------------------ how an assistant begins
@@ -206,7 +196,7 @@ def principal_directions(E, B, counts=None):
 
 
 @torch.no_grad()
-def make_assistant(teacher, tokenizer, pad_id, english=(), translations=()):
+def make_assistant(teacher, tokenizer, english=(), translations=()):
     """The teacher's body with a new vocabulary, before stage 1.
 
     Each new piece starts at the mean of the teacher's pieces for its text; special tokens take over
@@ -215,29 +205,35 @@ def make_assistant(teacher, tokenizer, pad_id, english=(), translations=()):
     share in align(); one that English uses, too, at the mean of both starts, by links and tokens.
     """
     word = teacher.embeddings.word.weight.float()  # (V of the teacher, H)
-    ids = _teacher_pieces(teacher, tokenizer)
-    # A row is a weighted mean of the teacher's rows: links (new piece, its piece, weight).
-    lengths = torch.tensor([len(row) for row in ids])
-    piece, old = torch.repeat_interleave(lengths), torch.tensor([i for row in ids for i in row])
-    weight = 1 / lengths[piece]
+    spelling = _teacher_pieces(teacher, tokenizer)
+    V, pad_id = len(spelling), tokenizer.token_to_id("<pad>")
     # BERT counts positions from 0: a RoBERTa teacher's rows move down to where they will be read.
     c, first = teacher.config, teacher.config.first_position
-    c = replace(c, vocab_size=len(ids), pad_token_id=pad_id, model_type="bert", normalize=False)
-    c = replace(c, max_position_embeddings=c.max_position_embeddings - first)
-    model = Encoder(replace(c, do_lower_case=False, prompt=""), tokenizer, teacher.dtype)
+    positions = c.max_position_embeddings - first
+    c = replace(c, vocab_size=V, pad_token_id=pad_id, max_position_embeddings=positions)
+    c = replace(c, model_type="bert", normalize=False, do_lower_case=False, prompt="")
+    model = Encoder(c, tokenizer, teacher.dtype)
+
+    # A row is a weighted mean of the teacher's rows: links (new piece, its piece, weight).
+    lengths = torch.tensor([len(row) for row in spelling])
+    piece = torch.repeat_interleave(lengths)
+    old = torch.tensor([i for row in spelling for i in row])
+    weight = 1 / lengths[piece]
     if len(english):
         sides = *teacher.tokenize(english, prompt=""), *model.tokenize(translations)
         f, e, n = (torch.from_numpy(x) for x in align(*sides))
-        uses = np.bincount(model.tokenize(english)[0], minlength=len(ids))
+        uses = np.bincount(model.tokenize(english)[0], minlength=V)
         uses = torch.from_numpy(uses).float().clamp(min=1e-6)  # unused: told by links alone
-        uses[[tokenizer.token_to_id(name) for name in ("<s>", "</s>", "<unk>")]] = 2**30  # stay
         weight = torch.cat([weight * uses[piece], n.float()])
         piece, old = torch.cat([piece, f]), torch.cat([old, e])
-    links, sizes = torch.stack([piece, old]), (len(ids), len(word))
+    links, sizes = torch.stack([piece, old]), (V, len(word))
     mix = torch.sparse_coo_tensor(links, weight, sizes, check_invariants=True)
     table, total = mix @ word, mix @ torch.ones(len(word), 1)  # (V, H), (V, 1)
     table = torch.where(total > 0, table / total, word.mean(0))  # (V, H)
+    for name, row in _special_rows(teacher).items():
+        table[tokenizer.token_to_id(name)] = word[row]
     table[pad_id] = 0
+
     state = {k: v.float().clone() for k, v in teacher.state_dict().items()}
     state["embeddings.word.weight"] = table
     state["embeddings.position.weight"] = state["embeddings.position.weight"][first:]
@@ -266,14 +262,17 @@ def _teacher_pieces(teacher, tokenizer):
     """For each piece of a new tokenizer, in order of id, the teacher's ids for its text."""
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda x: x[1])
     texts = [p.replace("▁", " ") for p, _ in vocab]  # the space matters to a RoBERTa teacher
-    old = teacher.tokenizer
-    ids = [e.ids for e in old.encode_batch(texts, add_special_tokens=False)]
-    start, end = (old.encode("").ids[i] for i in (0, -1))
-    unk = next((i for name in ("[UNK]", "<unk>") if (i := old.token_to_id(name)) is not None), None)
-    rows = {"<s>": start, "</s>": end, "<unk>": unk, "<pad>": teacher.config.pad_token_id}
-    for name, row in rows.items():
-        ids[tokenizer.token_to_id(name)] = [] if row is None else [row]
-    return ids
+    return [e.ids for e in teacher.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def _special_rows(teacher):
+    """The teacher's rows of the special tokens, by our names."""
+    start, *_, end = teacher.tokenizer.encode("").ids
+    rows = {"<s>": start, "</s>": end}
+    for name in ("[UNK]", "<unk>"):
+        if (row := teacher.tokenizer.token_to_id(name)) is not None:
+            rows["<unk>"] = row
+    return rows
 
 
 def align(e, e_at, f, f_at, iterations=5, longest=200):

@@ -498,7 +498,7 @@ def test_new_vocabulary_starts_from_the_teachers_pieces(tokenizer, model_type):
     new = data.train_tokenizer(
         ["a man reads a book", "ein Mann liest ein Buch"] * 3, 120, lower_case=True
     )
-    A = msd.make_assistant(T, new, 1)
+    A = msd.make_assistant(T, new)
     piece = next(
         p
         for p in new.get_vocab()
@@ -556,8 +556,8 @@ def test_new_vocabulary_learns_translations(tokenizer):
         ("man", "猫"),
     ]
     new = data.train_tokenizer([x for pair in text[:-1] * 20 for x in pair], 60, lower_case=True)
-    A = msd.make_assistant(T, new, 1, *zip(*text))
-    plain = msd.make_assistant(T, new, 1).embeddings.word.weight
+    A = msd.make_assistant(T, new, *zip(*text))
+    plain = msd.make_assistant(T, new).embeddings.word.weight
 
     def row(word):
         ids = T.tokenizer.encode(word, add_special_tokens=False).ids
@@ -620,12 +620,9 @@ def test_retrieval():
 
 def test_look_finds_a_collapsed_teacher():
     v = np.ones((50, 8)) + 1e-3 * np.random.default_rng(0).normal(size=(50, 8))
-    seen = train.describe_vectors(v)
-    assert (
-        seen["cosine"] > 0.99
-        and seen["constant_mse"] == pytest.approx(v.var(0).mean(), rel=1e-3)
-        and seen["norm"] == pytest.approx(8**0.5, rel=1e-2)
-    )
+    norm, cosine, constant_mse = train.describe_vectors(v)
+    assert cosine > 0.99 and norm == pytest.approx(8**0.5, rel=1e-2)
+    assert constant_mse == pytest.approx(v.var(0).mean(), rel=1e-3)
 
 
 # ---------------------------------------------------------------------------- the built-in corpus
@@ -1508,8 +1505,8 @@ def test_signals_save_and_leave(world, finished, number, code):
         assert p.poll() is None, p.stderr.read()
         time.sleep(0.05)
     p.send_signal(number)
-    _, err = p.communicate(timeout=60)
-    assert p.returncode == code and "the same command continues" in err
+    said, _ = p.communicate(timeout=60)
+    assert p.returncode == code and "stopped; the same command continues here" in said
     assert int(M.read_safetensors(out / "checkpoint.safetensors")[1]["step"]) > 0
     changed = run(command(world, out, "--epochs", "300", "--lr", "0.5"))
     assert changed.returncode == 2 and "started with lr [0.002," in changed.stderr
@@ -1529,7 +1526,7 @@ def test_a_run_is_known_by_its_content(world, finished, tmp_path, capsys):
         run_here(capsys, args)
     with open(moved / "d" / "en-de.tsv", "a", encoding="utf-8") as f:
         f.write("a new pair\tein neues Paar\n")
-    with pytest.raises(M.InputError, match="started with content of --(dev|train) .*, now it is"):
+    with pytest.raises(M.InputError, match="started with (dev|train) .*, now it is"):
         run_here(capsys, args)
 
 
@@ -1541,15 +1538,17 @@ def test_every_stage_resumes_to_the_bit(world, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
 
     def fragile(run, stage, *rest):
-        terms_at, loss, steps = real(run, stage, *rest)
+        loss_at, steps = real(run, stage, *rest)
 
         def at(step):
-            if step == 2 and stage not in stopped:
+            if (
+                step == 2 and stage not in stopped and len(rest) == 5
+            ):  # in training: epochs is given
                 stopped.add(stage)
                 raise KeyError("the power is gone")
-            return terms_at(step)
+            return loss_at(step)
 
-        return at, loss, steps
+        return at, steps
 
     monkeypatch.setattr(train, "stage_batches", fragile)
     for _ in range(4):
@@ -1685,9 +1684,7 @@ def test_optimizer_and_fit(tokenizer, tmp_path):
         kept[value] = target.detach().clone()
         return value
 
-    train.fit(
-        run, "x", m, 8, 1e-2, lambda step: ({"a": 1e6 * (target - 1).square().sum()}, 1, [0]), dev
-    )
+    train.fit(run, "x", m, 8, 1e-2, lambda step: ({"a": 1e6 * (target - 1).square().sum()}, 1), dev)
     assert torch.equal(target, kept[1.0]) and not torch.equal(kept[1.0], kept[2.0])
     log = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[0]["norm"] > 1e6 and (kept[3.0]).abs().max() < 0.1
@@ -1788,10 +1785,9 @@ def test_broken_weights(folder):
 def test_a_loss_that_is_not_finite_stops(world, finished, tmp_path):
     done = run(command(world, tmp_path / "nan", "--lr", "1e30"))
     assert (
-        done.returncode == 1
-        and "not finite" in done.stderr
-        and "stage 1, step" in done.stderr
-        and "batch [" in done.stderr
+        done.returncode == 2
+        and "stage 1: by step" in done.stderr
+        and "not finite. Choose a lower --lr and another --out" in done.stderr
     )
     assert not (tmp_path / "nan" / "assistant").exists()
 
@@ -1972,7 +1968,7 @@ train.fit = fit
 
 
 def test_processes_share_a_run(world, finished, tmp_path):
-    """One process killed: the other says so and ends; the same command continues to the table; the
+    """One process killed: the other ends, too; the same command continues to the table; the
     log is written once."""
     file = script(
         tmp_path / "dies.py",
@@ -1980,22 +1976,18 @@ def test_processes_share_a_run(world, finished, tmp_path):
 train.SAVE_SECONDS = 0
 real = train.stage_batches
 def fragile(run, stage, *rest):
-    terms_at, loss, steps = real(run, stage, *rest)
+    loss_at, steps = real(run, stage, *rest)
     def at(step):
-        if run.rank == 1 and stage == 3 and step == 4:
+        if run.rank == 1 and stage == 3 and step == 4 and len(rest) == 5:  # not for dev
             os.kill(os.getpid(), signal.SIGKILL)
-        return terms_at(step)
-    return at, loss, steps
+        return loss_at(step)
+    return at, steps
 train.stage_batches = fragile
 """,
     )
     flags = "--dtype float32 --device cpu --epochs 1".split()
     done = run(torchrun(command(world, tmp_path / "run", *flags, script=file)))
-    assert (
-        done.returncode != 0
-        and "process 0 lost the others" in done.stderr
-        and "SIGKILL" in done.stderr
-    )
+    assert done.returncode != 0 and "SIGKILL" in done.stderr
     assert M.read_safetensors(tmp_path / "run" / "checkpoint.safetensors")[1] | {
         "best": "",
         "seconds": "",
@@ -2003,7 +1995,7 @@ train.stage_batches = fragile
     done = run(torchrun(command(world, tmp_path / "run", *flags)))
     assert (
         done.returncode == 0
-        and done.stdout.count("student, stage 4 ") == 2
+        and done.stdout.count("student, stage 4 ") == 3
         and "stage 3: continues at step 4" in done.stdout
     ), done.stderr
     log = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -2461,7 +2453,7 @@ def test_export_command_and_card(world, finished, tmp_path):
     done = run([*args, "--weights", "float16"])
     assert re.fullmatch(r".*my-{model}: [\d,]+ parameters; weights [\d.]+ MB\n", done.stdout), done
     text = (out / "README.md").read_text("utf-8")
-    for part in ("my-{model}", "en-no 70.0; mean", "data: en-*.tsv; seed 0", "float16", "licence"):
+    for part in ("my-{model}", "en-no 70.0; mean", "data: en-de.tsv; seed 0", "float16", "licence"):
         assert part in text, part
     assert not any(part in text for part in ("nan", "None", str(tmp_path), str(world)))
     head = package("yaml").safe_load(text.split("---")[1])  # where a bare no would be false

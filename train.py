@@ -35,7 +35,7 @@ import data
 import model as M
 import msd
 from demo import corpus as demo
-from model import InputError, fingerprint, need, put
+from model import InputError, need, put
 
 SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
 EVALS = 4  # dev readings a stage; the best one's weights are kept
@@ -159,12 +159,11 @@ def expand(patterns, flag):
 
 # ---------------------------------------------------------------------------------------- the run
 class Run:
-    """What all parts of a run share: arguments, folder, log, its place among several processes, the
-    signal that asks it to stop, and what read_inputs adds. All processes do the same; the first one
-    alone writes."""
+    """What all parts of a run share: arguments, folder, log, its place among several processes, and
+    what read_inputs adds. All processes do the same; the first one alone writes."""
 
     def __init__(self, args):
-        self.args, self.out, self.stop, self.busy = args, args.out, 0, False
+        self.args, self.out = args, args.out
         self.world, self.group = int(os.environ.get("WORLD_SIZE", 1)), None  # torchrun's
         self.rank = int(os.environ["RANK"]) if self.world > 1 else 0
         # Where the last model is there, only the table is missing; what came before may be gone.
@@ -190,11 +189,11 @@ class Run:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
 
-    def reduce(self, op, *values):
-        """Each number's sum or maximum (dist.ReduceOp) over all processes."""
+    def largest(self, *values):
+        """The largest of each number over all processes."""
         t = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
-            dist.all_reduce(t, op, group=self.group)
+            dist.all_reduce(t, dist.ReduceOp.MAX, group=self.group)
         return t.tolist()
 
     @contextlib.contextmanager
@@ -206,24 +205,12 @@ class Run:
         if self.world > 1 and self.rank == 0:
             dist.barrier(self.group)
 
-    def on_signal(self, number, frame):
-        """In a step: finish it, save, leave. Elsewhere leave at once: nothing is half-written."""
-        again, self.stop = self.stop, number
-        if not self.busy and not again:
-            self.leave(128 + number)
-
-    def leave(self, code, why="stopped; the same command continues here"):
-        """End before the end: a signal, or a loss that is not finite. code: the exit status."""
-        if self.rank == 0:
-            print(why, file=sys.stderr)
-        sys.exit(code)
-
-    def build(self, folder, make, *args):
-        """The folder of a model, make(run, *args), which the first process saves if it is not
-        there; nobody goes on before it has."""
+    def build(self, folder, make):
+        """The folder of a model, make(), which the first process saves if it is not there; nobody
+        goes on before it has."""
         with self.first() as mine:
             if mine and not (folder.exists() or self.trained):
-                make(self, *args).save(folder)
+                make().save(folder)
         return folder
 
     def load(self, folder, train=False):
@@ -259,19 +246,17 @@ def take(folder):
 
 
 def same_run(run):
-    """What this run is: its settings, and its files by name and content. Raises: InputError if it
-    began as another, with both values."""
+    """What this run is: its settings, and the names and content of its files. Raises: InputError if
+    it began as another, with both values."""
     args, file = run.args, run.out / "run.json"
     now = {k: v for k, v in vars(args).items() if k not in FREE}
-    for flag in ("train", "extra", "dev"):
-        now[flag] = [Path(pattern).name for pattern in now[flag]]
-        now[f"content of --{flag}"] = M.digest(*expand(getattr(args, flag), f"--{flag}"))
+    files = {flag: expand(getattr(args, flag), f"--{flag}") for flag in ("train", "extra", "dev")}
+    if args.sts:
+        files["sts"] = [f for f in Path(args.sts).glob("[!.]*") if f.is_file()]
+    now |= {flag: sorted((f.name, M.digest(f)) for f in some) for flag, some in files.items()}
     for flag in ("teacher", "assistant"):
         if folder := now[flag]:
-            now[flag], now[f"content of --{flag}"] = Path(folder).name, fingerprint(folder)
-    if args.sts:
-        sets = sorted(f for f in Path(args.sts).glob("[!.]*") if f.is_file())
-        now["sts"], now["content of --sts"] = Path(args.sts).name, M.digest(*sets)
+            now[flag] = Path(folder).name, M.fingerprint(folder)
     now = json.loads(json.dumps(now))  # as a file gives it back
     before = M.read_json(file) if file.exists() else now
     for key in sorted(now | before):
@@ -286,41 +271,55 @@ def same_run(run):
 def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
     """Train `model` for `steps` steps and leave the weights of the best dev loss in it.
 
-    loss_at(step): (loss terms by name, tokens, pair numbers), a pure function of the step.
-    dev_loss(): the loss to choose by. A continued run gives the same bits. Of several processes all
-    do the same. Leaves at a signal, after a save, and at a loss that is not finite.
+    loss_at(step): (loss terms by name, number of tokens), a pure function of the step. dev_loss():
+    the loss to choose by. A continued run gives the same bits. Of several processes all do the
+    same. Leaves at a signal, after a save. Raises: InputError at a loss that is not finite.
     """
     model.train()
     optimizer = make_optimizer(model, lr)
-    training = Training(run, name, model, optimizer, steps, loss_at)
+    training = Training(run, name, model, optimizer, steps)
     readings = {math.ceil(steps * (i + 1) / EVALS) for i in range(EVALS)} if dev_loss else ()
-    start = training.restore()
-    run.busy = True  # a signal now waits for the end of its step
-    for step in range(start, steps):
-        seed = M.digest(run.args.seed, name, step, run.rank)  # of dropout
-        torch.manual_seed(int(seed[:15], 16))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * rate_at(step, steps)
+    with deferred_signals() as caught:
+        for step in range(training.restore(), steps):
+            seed = M.digest(run.args.seed, name, step, run.rank)  # of dropout
+            torch.manual_seed(int(seed[:15], 16))
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rate_at(step, steps)
 
-        terms, tokens, _ = loss_at(step)
-        optimizer.zero_grad()
-        sum(terms.values()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), msd.CLIP)
-        optimizer.step()
+            terms, tokens = loss_at(step)
+            optimizer.zero_grad()
+            sum(terms.values()).backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), msd.CLIP)
+            optimizer.step()
 
-        training.report(step, terms, norm, tokens)
-        if step + 1 in readings:
-            training.choose(step, dev_loss())
-        due = time.monotonic() - training.saved > SAVE_SECONDS and step + 1 < steps
-        stop, due = run.reduce(dist.ReduceOp.MAX, run.stop, due)
-        if stop or due:
-            training.save(step + 1)
-        if stop:  # a signal that comes during a save is seen one step later
-            run.leave(128 + int(stop))
-    run.busy = False
-    if stop := run.reduce(dist.ReduceOp.MAX, run.stop)[0]:  # it came after the last step had asked
-        run.leave(128 + int(stop))
+            training.report(step, terms, norm, tokens)
+            if step + 1 in readings:
+                training.choose(step, dev_loss())
+            due = time.monotonic() - training.saved > SAVE_SECONDS and step + 1 < steps
+            stop, due = run.largest(max(caught, default=0), due)
+            if stop or due:
+                training.save(step + 1)
+            if stop:
+                run.say("stopped; the same command continues here")
+                sys.exit(128 + int(stop))
     training.finish()
+
+
+@contextlib.contextmanager
+def deferred_signals():
+    """Yields a list; SIGINT and SIGTERM are put there, not obeyed. A second one ends at once."""
+    caught = []
+
+    def defer(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {n: signal.signal(n, defer) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def rate_at(step, steps):
@@ -331,10 +330,14 @@ def rate_at(step, steps):
 
 def make_optimizer(model, lr):
     """AdamW as the paper sets it, with bias correction; no decay on biases and LayerNorm."""
-    groups = {msd.WEIGHT_DECAY: [], 0.0: []}
-    for k, q in model.named_parameters():
-        groups[0.0 if k.endswith("bias") or "norm" in k else msd.WEIGHT_DECAY].append(q)
-    groups = [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
+    decayed, others = [], []
+    for name, q in model.named_parameters():
+        plain = name.endswith("bias") or "norm" in name
+        (others if plain else decayed).append(q)
+    groups = [
+        {"params": decayed, "weight_decay": msd.WEIGHT_DECAY},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=lr, eps=msd.ADAM_EPS, fused=True)
 
 
@@ -343,22 +346,23 @@ class Training:
     """What a stage's training keeps beside the loop: its checkpoint, its log, the best weights.
 
     A checkpoint holds weights, AdamW's state, the best weights so far with their dev loss, step and
-    seconds spent; no generator state, as every random draw depends on seed, stage and step.
+    seconds spent; no generator state, as every random draw depends on seed, stage and step. What a
+    stage does not train is not in it.
     """
 
-    def __init__(self, run, name, model, optimizer, steps, loss_at):
+    def __init__(self, run, name, model, optimizer, steps):
         self.run, self.name, self.optimizer, self.steps = run, name, optimizer, steps
-        self.loss_at = loss_at
         self.file, self.best_loss = run.out / "checkpoint.safetensors", math.inf
-        self.weights = [q.detach() for q in model.parameters()]
-        self.best = [v.clone() for v in self.weights]
+        trained = {k: q for k, q in model.named_parameters() if q.requires_grad}
+        self.weights = [q.detach() for q in trained.values()]
+        self.best = [q.clone() for q in self.weights]
         self.tensors = {}  # all that training changes, to save, and to restore in place
-        for (k, q), weights, best in zip(model.named_parameters(), self.weights, self.best):
-            moments = {m: torch.zeros_like(weights) for m in ("exp_avg", "exp_avg_sq")}
+        for (k, q), best in zip(trained.items(), self.best):
+            moments = {m: torch.zeros_like(best) for m in ("exp_avg", "exp_avg_sq")}
             optimizer.state[q] = {"step": torch.zeros((), device=q.device), **moments}
-            parts = {"model": weights, "best": best, **optimizer.state[q]}
+            parts = {"model": q.detach(), "best": best, **optimizer.state[q]}
             self.tensors |= {f"{part}.{k}": v for part, v in parts.items()}
-        self.tokens, self.broken = 0, torch.tensor(-1, device=model.device)  # first bad step
+        self.tokens, self.health = 0, torch.zeros((), device=model.device)
         self.begun = self.saved = self.shown = self.logged = time.monotonic()
 
     def seconds(self):
@@ -366,7 +370,7 @@ class Training:
 
     def save(self, step):
         """Write the checkpoint: the first process does, and nobody goes on before it has."""
-        self.check()
+        self.check(step)
         meta = {"stage": self.name, "step": step, "best": self.best_loss, "seconds": self.seconds()}
         with self.run.first() as mine:
             if mine:
@@ -380,9 +384,8 @@ class Training:
         if meta.get("stage") == self.name:
             fix = f"; delete it to begin {self.name} again"
             with M.reading(self.file, "a whole checkpoint", fix):
-                found, wanted = (
-                    {k: v.shape for k, v in x.items()} for x in (tensors, self.tensors)
-                )
+                found = {k: v.shape for k, v in tensors.items()}
+                wanted = {k: v.shape for k, v in self.tensors.items()}
                 need(found == wanted, "its tensors are not those of this model")
                 for k, v in self.tensors.items():
                     v.copy_(tensors[k])
@@ -397,23 +400,22 @@ class Training:
         return step
 
     def report(self, step, terms, norm, tokens):
-        """The log, some hundred times a stage, the console, and the watch for what is not finite.
+        """The log, some hundred times a stage, and the console.
 
         Numbers are read from a GPU only where they are reported: reading makes the host wait.
         """
-        loss = sum(terms.values()).detach()
-        bad = (self.broken < 0) & ~torch.isfinite(loss + norm)
-        self.broken, self.tokens = torch.where(bad, step, self.broken), self.tokens + tokens
-        done = step + 1
+        loss, done = sum(terms.values()).detach(), step + 1
+        self.health += loss + norm  # once it is not finite, it stays so
+        self.tokens += tokens
         if done % max(1, self.steps // 100) and done < self.steps:
             return
+        self.check(done)
         entry = {k: float(v.detach()) for k, v in {"loss": loss, **terms}.items()}
         now = time.monotonic()  # a GPU has caught up
         entry |= {"lr": self.optimizer.param_groups[0]["lr"], "norm": float(norm)}
         speed = round(self.tokens / max(now - self.logged, 1e-9))
         self.run.log(stage=self.name, step=step, **entry, tokens_per_s=speed)
         self.tokens, self.logged = 0, now
-        self.check()
         if now - self.shown > 5 or done == self.steps:
             left = datetime.timedelta(seconds=round(self.seconds() / done * (self.steps - done)))
             shown = "  ".join(f"{k} {v:.4g}" for k, v in entry.items())
@@ -421,18 +423,14 @@ class Training:
             self.run.say(f"{self.name}  step {done}/{self.steps}  {shown}")
             self.shown = now
 
-    def check(self):
-        """Leave if a loss was not finite, before anything is saved over."""
-        if (bad := int(self.broken)) >= 0:
-            pairs = list(map(int, self.loss_at(bad)[2][:16]))
-            good = self.file if self.file.exists() else "none yet"
-            what = f"the loss or the gradient norm is not finite; batch {pairs}..."
-            fix = f"The last good checkpoint is {good}; --lr may be too high"
-            self.run.leave(1, f"{self.name}, step {bad}: {what} {fix}")
+    def check(self, step):
+        """Raises: InputError if a loss was not finite, before anything is saved over."""
+        fix = "Choose a lower --lr and another --out"
+        what = f"{self.name}: by step {step} the loss or the gradient norm is not finite"
+        need(math.isfinite(self.health), f"{what}. {fix}")
 
     def choose(self, step, loss):
         """Keep the weights if this dev loss is the best so far."""
-        self.check()
         self.run.log(stage=self.name, step=step, dev=loss)
         if loss < self.best_loss:
             self.best_loss = loss
@@ -465,33 +463,34 @@ def train_stage(run, stage, sources, start, leaves):
     """
     if leaves.exists() or run.trained:
         return leaves
-    args, k, row, corpus, dev = run.args, stage - 1, msd.STAGES[stage], run.corpus, run.dev
-    model, source = run.load(start, train=True), sources[row.targets]
+    args, k, spec, corpus = run.args, stage - 1, msd.STAGES[stage], run.corpus
+    model, source = run.load(start, train=True), sources[spec.targets]
     for part in (model.layers, model.dense):
-        part.requires_grad_(row.layers)  # stage 2 has no use for them
-    used = (corpus.group == 0) | row.extra
-    rows = np.flatnonzero(used & (corpus.line <= args.max_lines[k]))
-    loss_at, _, steps = stage_batches(run, stage, model, corpus, rows, source, args.epochs[k])
+        part.requires_grad_(spec.layers)  # stage 2 has no use for them
+    used = (corpus.group == 0) | spec.extra
+    pairs = corpus.pairs[used & (corpus.line <= args.max_lines[k])]  # (n, 2)
+    loss_at, steps = stage_batches(run, stage, model, corpus, pairs, source, args.epochs[k])
     dev_loss = None
-    if dev:
-        few = np.sort(np.random.default_rng(0).permutation(len(dev.pairs))[:1000])
-        dev_loss = stage_batches(run, stage, model, dev, few, source)[1]
+    if run.dev:
+        few = np.random.default_rng(0).permutation(run.dev.pairs)[:1000]
+        on_dev = stage_batches(run, stage, model, run.dev, few, source)
+        dev_loss = functools.partial(mean_loss, model, *on_dev)
     run.say(
-        f"stage {stage}, {row.title}: from {start.name}, targets from the {row.targets}, "
-        f"{len(rows):,} pairs, {steps:,} steps of {args.batch[k]}, learning rate {args.lr[k]:g}"
+        f"stage {stage}, {spec.title}: from {start.name}, targets from the {spec.targets}, "
+        f"{len(pairs):,} pairs, {steps:,} steps of {args.batch[k]}, learning rate {args.lr[k]:g}"
     )
     fit(run, f"stage {stage}", model, steps, args.lr[k], loss_at, dev_loss)
-    return run.build(leaves, lambda _: model)
+    return run.build(leaves, lambda: model)
 
 
-def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
-    """(loss_at, loss, steps) of a stage over the pairs numbered `rows`, for fit.
+def stage_batches(run, stage, model, corpus, pairs, source, epochs=None):
+    """(loss_at, steps) of a stage over these pairs (n, 2) of a corpus, for fit.
 
-    source: the folder of the encoder that gives the targets. loss_at(step): for training, `epochs`
-    passes; loss(): the mean over all rows, for dev. Targets are computed for the sentences that
-    will be seen, once, and read from disk by step.
+    source: the folder of the encoder that gives the targets. epochs: passes, for training; without,
+    one pass for dev. Targets are computed for the sentences that will be seen, once, and read from
+    disk by step.
     """
-    args, row, pairs = run.args, msd.STAGES[stage], corpus.pairs[rows]  # (n, 2)
+    args, spec = run.args, msd.STAGES[stage]
     with run.first():
         flat, starts = data.tokens(corpus, model, args.cache, M.meter("tokens", run.say))
     lengths = np.diff(starts)[pairs]  # (n, 2)
@@ -504,39 +503,38 @@ def stage_batches(run, stage, model, corpus, rows, source, epochs=None):
     one_pass = batches(0)
     steps = math.ceil((epochs or 1) * len(one_pass))
     seen = pairs[np.concatenate(one_pass[:steps])]  # (m, 2)
-    wanted = np.unique(seen if row.own else seen[:, 0])
-    name, progress = fingerprint(source), M.meter(f"targets of stage {stage}", run.say)
+    wanted = np.unique(seen if spec.own else seen[:, 0])
+    name, progress = M.fingerprint(source), M.meter(f"targets of stage {stage}", run.say)
     with run.first():
         encoder = run.load(source)
-        targets = data.vectors(corpus, wanted, encoder, name, args.cache, row.layers, progress)
-    live = model  # what training calls
+        targets = data.vectors(corpus, wanted, encoder, name, args.cache, spec.layers, progress)
+    net = model  # what the loss calls
     if epochs and run.world > 1:  # averages the gradients over the processes
-        live = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def target(sentences):
         return put(targets[np.searchsorted(wanted, sentences)], args.device).float()  # (N, H)
 
-    def terms(net, numbers, mine=slice(None), gather=None):
-        s, t = pairs[numbers].T  # (N,)
-        y_s, y_t = target(s), target(t) if row.own else None
-        sides = (model.batch(flat, starts, side[mine]) for side in (s, t))  # (N, T) each
-        return msd.stage_loss(stage, net, *sides, y_s, y_t, not args.no_contrast, gather)
-
     def loss_at(step):
         epoch, i = divmod(step, len(one_pass))
-        numbers = batches(epoch)[i]
-        share, size = share_of(run, len(numbers)), int(lengths[numbers].sum())
-        return terms(live, numbers, *share), size, rows[numbers]
+        numbers = batches(epoch)[i]  # (N,)
+        s, t = pairs[numbers].T  # (N,) each
+        y_s, y_t = target(s), target(t) if spec.own else None
+        mine, gather = share_of(run, len(numbers))
+        sides = (model.batch(flat, starts, side[mine]) for side in (s, t))  # (N, T) each
+        terms = msd.stage_loss(stage, net, *sides, y_s, y_t, not args.no_contrast, gather)
+        return terms, int(lengths[numbers].sum())
 
-    def loss():
-        model.eval()
-        with torch.inference_mode():
-            mine = one_pass[run.rank :: run.world]
-            losses = [len(b) * float(sum(terms(model, b).values())) for b in mine]
-        model.train()
-        return run.reduce(dist.ReduceOp.SUM, sum(losses))[0] / len(rows)
+    return loss_at, steps
 
-    return loss_at, loss, steps
+
+@torch.inference_mode()
+def mean_loss(model, loss_at, steps):
+    """The mean loss of all batches, without dropout: for dev."""
+    model.eval()
+    total = sum(float(sum(loss_at(step)[0].values())) for step in range(steps))
+    model.train()
+    return total / steps
 
 
 def share_of(run, n):
@@ -572,16 +570,18 @@ def pipeline(run):
     args, out, between = run.args, run.out, run.out / "stages"
     read_inputs(run)
     begin(run)
-    models = {"teacher": run.teacher}  # by row of the table
+    models = {"teacher": Path(args.teacher) if args.teacher else demo_teacher(run)}  # by row
+    look_at_teacher(run, models["teacher"])
 
     # The assistant: given, or the teacher's body with a new vocabulary; stage 1 trains it.
     assistant = args.assistant and Path(args.assistant)
     if not assistant:
-        assistant = run.build(between / "assistant-start", start_assistant)
+        start = functools.partial(start_assistant, run, models["teacher"])
+        assistant = run.build(between / "assistant-start", start)
     elif args.keep_vocab:
         models["assistant, given"] = assistant
         cut = between / "assistant-start" if 1 in args.stages else out / "assistant"
-        assistant = run.build(cut, start_cut_assistant)
+        assistant = run.build(cut, functools.partial(start_cut_assistant, run))
     if 1 in args.stages:
         models["assistant, untrained"] = assistant
         assistant = train_stage(run, 1, models, assistant, out / "assistant")
@@ -589,7 +589,8 @@ def pipeline(run):
 
     # The student: bottleneck, the assistant's first layers; stages 2 to 4 train it.
     if student_stages := [k for k in args.stages if k > 1]:
-        student = run.build(between / "student-start", start_student, assistant)
+        start = functools.partial(start_student, run, assistant)
+        student = run.build(between / "student-start", start)
         models["student, untrained"] = student
         for k in student_stages:
             leaves = out / "student" if k == student_stages[-1] else between / f"stage{k}"
@@ -599,32 +600,31 @@ def pipeline(run):
         finish(run, {row: folder for row, folder in models.items() if folder.exists()})
 
 
-def begin(run):
-    """Note what this run is, once its inputs are known: a mistyped path leaves nothing behind."""
-    if run.rank == 0 and not (run.out / "run.json").exists():
-        with M.atomic(run.out / "run.json") as tmp:
-            tmp.write_text(json.dumps(run.identity, indent=1), "utf-8")
-
-
 def read_inputs(run):
-    """Set run.teacher, a folder, run.corpus, run.dev and run.sts, and say what they look like.
+    """Set run.corpus, run.dev and run.sts, and say what they look like.
 
     Raises: InputError for sizes that do not fit, before any work.
     """
-    args, run.teacher = run.args, Path(run.args.teacher or run.out / "teacher")
+    args = run.args
     body = teacher = run.load(args.teacher).config if args.teacher else demo.TEACHER
     if args.assistant:
         given = run.load(args.assistant)
         body = given.config
         if args.keep_vocab:
             data.always_kept(given.tokenizer, args.keep_vocab)
-        widths = f"vectors of width {body.width}, the teacher {run.teacher} has {teacher.width}"
+        widths = f"vectors of width {body.width}, the teacher {args.teacher} has {teacher.width}"
         fix = "they are compared, so the widths must match"
         need(body.width == teacher.width, f"{args.assistant}: {widths}; {fix}")
     if args.stages != [1]:
         msd.check_sizes(body, args.bottleneck, args.layers, args.recurrence)
-    if not args.train:
-        make_demo(run)
+    if not args.train:  # the built-in corpus, as files of the run
+        made = run.out / "data"
+        with run.first():
+            if not made.exists():
+                demo.write_demo(made)
+        # run.json says that they were not given.
+        args.train, args.dev = ([str(made / x / "en-*.tsv")] for x in ("train", "dev"))
+        args.sts = made / "sts"
     run.sts = data.read_sts(args.sts) if args.sts else {}
     train, extra, dev = (expand(getattr(args, x), f"--{x}") for x in ("train", "extra", "dev"))
     run.say(f"data: reading {len(train + extra + dev)} files")
@@ -634,37 +634,64 @@ def read_inputs(run):
         run.dev = data.build_corpus(dev, args.cache, (), args.max_chars) if dev else None
     for line in run.corpus.describe(max(args.max_lines)):
         run.say(line)
-    run.log(data=run.corpus.report)
-    look_at_teacher(run)
 
 
-def make_demo(run):
-    """The built-in corpus as files of the run, which they then are given, and its teacher."""
-    args, made = run.args, run.out / "data"
-    begin(run)  # its teacher depends on the seed
-    with run.first():
-        if not made.exists():
-            demo.write_demo(made)
-    # After run.identity was taken: that they were not given is what the run is known by.
-    args.train, args.dev = ([str(made / x / "en-*.tsv")] for x in ("train", "dev"))
-    args.sts = made / "sts"
-    if not run.teacher.exists():  # the stand-in for a real one
-        scored, dtype = data.read_sts(made / "sts-train")["en-en"], getattr(torch, args.dtype)
-        model, loss_at = demo.teacher(scored, args.seed, dtype, args.device)
+def begin(run):
+    """Note what this run is, once its inputs are known: a mistyped path leaves nothing behind."""
+    if run.rank == 0 and not (run.out / "run.json").exists():
+        with M.atomic(run.out / "run.json") as tmp:
+            tmp.write_text(json.dumps(run.identity, indent=1), "utf-8")
+        run.log(data=run.corpus.report)
+
+
+def demo_teacher(run):
+    """The folder of the demo's teacher, a stand-in for a real one, trained on scored pairs."""
+    args, folder = run.args, run.out / "teacher"
+    if not (folder.exists() or run.trained):
+        scored = data.read_sts(run.out / "data" / "sts-train")["en-en"]
+        model, loss_at = demo.teacher(scored, args.seed, getattr(torch, args.dtype), args.device)
         fit(run, "teacher", model, demo.TEACHER_STEPS, demo.TEACHER_LR, loss_at)
-        run.build(run.teacher, lambda _: model)
+        run.build(folder, lambda: model)
+    return folder
 
 
-def start_assistant(run):
+def look_at_teacher(run, folder):
+    """A look at the teacher's vectors before hours of training on them."""
+    if run.rank:
+        return
+    teacher, corpus = run.load(folder), run.corpus
+    ids = np.random.default_rng(0).permutation(np.unique(corpus.pairs[:, 0]))[:4000]
+    flat, starts = teacher.tokenize(corpus.texts(np.sort(ids)))
+    progress = M.meter("a look at the teacher", run.say)
+    norm, cosine, error = describe_vectors(teacher.embed(flat, starts, progress=progress))
+    cut = (np.diff(starts) >= teacher.config.max_seq_length).mean()
+    run.say(
+        f"teacher: width {teacher.config.width}, mean norm {norm:.3f}, mean cosine of different "
+        f"sentences {cosine:.3f}, {cut:.1%} truncated; MSE of the best constant guess {error:.5f}: "
+        "a loss near it has learnt nothing"
+    )
+    if cosine > 0.8:
+        run.say("  warning: all sentences look alike to this teacher; is it the right pooling?")
+
+
+def describe_vectors(v):
+    """(mean norm, mean off-diagonal cosine, MSE of the best constant guess) of vectors (n, H)."""
+    n, total = len(v), M.unit(v).sum(0)
+    cosine = (total @ total - n) / (n * (n - 1)) if n > 1 else math.nan
+    return np.linalg.norm(v, axis=1).mean(), cosine, v.var(0).mean()
+
+
+def start_assistant(run, teacher_folder):
     """The teacher's body with a vocabulary learnt from the training text."""
-    args, corpus, teacher = run.args, run.corpus, M.load(run.teacher, "float32", "cpu", train=True)
+    args, corpus = run.args, run.corpus
+    teacher = M.load(teacher_folder, "float32", "cpu", train=True)
     lower_case = np.array_equal(teacher.tokenize(["A"])[0], teacher.tokenize(["a"])[0])
     run.say(f"vocabulary: learning {args.vocab:,} pieces")
     tokenizer = data.vocabulary(corpus, args.vocab, lower_case, args.cache)
     some = np.random.default_rng(0).permutation(len(corpus.pairs))[: msd.ALIGNED_PAIRS]
     run.say(f"vocabulary: its start from the alignment of {len(some):,} pairs")
     sides = (corpus.texts(side) for side in corpus.pairs[np.sort(some)].T)
-    return msd.make_assistant(teacher, tokenizer, data.SPECIAL.index("<pad>"), *sides)
+    return msd.make_assistant(teacher, tokenizer, *sides)
 
 
 def start_cut_assistant(run):
@@ -679,12 +706,6 @@ def start_cut_assistant(run):
     return msd.cut_assistant(assistant, tokenizer, kept)
 
 
-def piece_counts(run, encoder, most=None):
-    """How often the training text, or its first `most` tokens, use each piece: (V,)."""
-    ids, _ = data.tokens(run.corpus, encoder, run.args.cache, M.meter("tokens", run.say))
-    return np.bincount(ids[:most], minlength=encoder.config.vocab_size)
-
-
 def start_student(run, assistant_folder):
     """The student before its first stage."""
     args, assistant = run.args, run.load(assistant_folder, train=True)  # float32
@@ -693,31 +714,10 @@ def start_student(run, assistant_folder):
     return msd.make_student(assistant, *sizes, args.init, args.seed, counts)
 
 
-def look_at_teacher(run):
-    """A look at the teacher before hours of training on it."""
-    teacher, corpus = run.load(run.teacher), run.corpus
-    ids = np.random.default_rng(0).permutation(np.unique(corpus.pairs[:, 0]))[:4000]
-    flat, starts = teacher.tokenize(corpus.texts(np.sort(ids)))
-    progress = M.meter("a look at the teacher", run.say)
-    look = describe_vectors(teacher.embed(flat, starts, progress=progress))
-    look["truncated"] = float((np.diff(starts) >= teacher.config.max_seq_length).mean())
-    run.log(teacher=look)
-    run.say(
-        "teacher: width {width}, mean norm {norm:.3f}, mean cosine of different sentences "
-        "{cosine:.3f}, {truncated:.1%} truncated; MSE of the best constant guess "
-        "{constant_mse:.5f}: a loss near it has learnt nothing".format(**look)
-    )
-    if look["cosine"] > 0.8:
-        run.say("  warning: all sentences look alike to this teacher; is it the right pooling?")
-
-
-def describe_vectors(v):
-    """What a teacher's vectors (n, H) look like: mean norm, mean off-diagonal cosine, and the MSE
-    of the best constant guess, which any student must beat."""
-    n, total = len(v), M.unit(v).sum(0)
-    cosine = float((total @ total - n) / (n * (n - 1))) if n > 1 else math.nan
-    norm, error = float(np.linalg.norm(v, axis=1).mean()), float(v.var(0).mean())
-    return {"n": n, "width": v.shape[1], "norm": norm, "cosine": cosine, "constant_mse": error}
+def piece_counts(run, encoder, most=None):
+    """How often the training text, or its first `most` tokens, use each piece: (V,)."""
+    ids, _ = data.tokens(run.corpus, encoder, run.args.cache, M.meter("tokens", run.say))
+    return np.bincount(ids[:most], minlength=encoder.config.vocab_size)
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -729,9 +729,8 @@ def ranks(x):
 
 def spearman(x, y):
     """Spearman's rank correlation of two arrays (n,), ties averaged; nan where one is constant."""
-    a, b = (r - r.mean() for r in (ranks(x), ranks(y)))
-    norm = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm else math.nan
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
 def mean_spearman(scores):
@@ -807,34 +806,34 @@ def bootstrap(sets, a, b, n=1000, seed=0):
     rng, sizes = np.random.default_rng(seed), sorted({len(s[2]) for s in sets.values()})
     whole = difference({m: np.arange(m) for m in sizes})
     draws = np.array([difference({m: rng.integers(0, m, m) for m in sizes}) for _ in range(n)])
-    draws[:, np.isnan(whole)] = 0  # there are no such sets
-    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)  # a draw may be constant
-    bounds = np.stack([whole, low, high], axis=1).tolist()  # (3, 3)
-    return dict(zip(("all", "mono", "cross"), bounds))
+    bounds = {}
+    for kind, value, drawn in zip(("all", "mono", "cross"), whole, draws.T):
+        if not math.isnan(value):  # there are such sets
+            low, high = np.nanpercentile(drawn, [2.5, 97.5])  # a draw may be constant
+            bounds[kind] = [float(value), float(low), float(high)]
+    return bounds
 
 
 # -------------------------------------------------------------------------------------- the table
 def finish(run, models):
     """Read the test sets, once, for models {row: folder}; write results.json, print, clear up."""
-    pairs, rows, cosines = run.dev.by_language() if run.dev else {}, {}, {}
+    dev, rows, cosines = run.dev.by_language() if run.dev else {}, {}, {}
+    teacher, last = run.load(models["teacher"]), list(models)[-1]
+    goal = {k: teacher.encode(english, normalize=False) for k, (english, _) in dev.items()}
     for label, folder in models.items():
-        model, begun, given = run.load(folder), time.monotonic(), (run.sts, pairs)
-        if label == "teacher":  # the first one; it is scored on English alone
-            goal = {k: model.encode(side, normalize=False) for k, (side, _) in pairs.items()}
-            given = {k: v for k, v in run.sts.items() if k == "en-en"}, {}
-        rows[label], cosines[label] = evaluate(model, *given, goal)
+        model, begun, sets, pairs = run.load(folder), time.monotonic(), run.sts, dev
+        if label == "teacher":  # it knows English alone
+            sets, pairs = {k: v for k, v in sets.items() if k == "en-en"}, {}
+        rows[label], cosines[label] = evaluate(model, sets, pairs, goal)
         rows[label]["sizes"] = M.ledger(model.config)
-        score, seconds = mean_spearman(rows[label]["spearman"])[0], time.monotonic() - begun
-        run.say(f"evaluated {label}: mean Spearman {score:.1f} ({seconds:.0f} s)")
-    compared = label.startswith("student") and run.sts
+        run.say(f"evaluated {label} ({time.monotonic() - begun:.0f} s)")
+    compared = run.sts and last != "assistant"
     git = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
     results = {
         "rows": rows,
-        "bootstrap": bootstrap(run.sts, cosines["assistant"], cosines[label]) if compared else None,
+        "bootstrap": bootstrap(run.sts, cosines["assistant"], cosines[last]) if compared else {},
         "stages": [e for e in read_log(run.out) if e.get("done")],
         "arguments": run.identity,
-        "seed": run.args.seed,
-        "dtype": run.args.dtype,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {run.args.device}, {run.world} processes",
         "versions": {m.__name__: m.__version__ for m in (torch, tokenizers, np)},
@@ -850,31 +849,29 @@ def finish(run, models):
 
 def table(results):
     """The whole story of a run as text, from its results.json."""
-    rows, scores, dev, sizes = results["rows"], {}, {}, {}
+    rows, scores, sizes = results["rows"], {}, {}
     names = list(rows["assistant"]["spearman"])
     for label, row in rows.items():
         everything, mono, cross = mean_spearman(row["spearman"])
-        means = mono, cross, math.nan if label == "teacher" else everything  # it has en-en alone
-        scores[label] = *(row["spearman"].get(k, math.nan) for k in names), *means
-        if row["accuracy"]:
-            by_language = [(*row["accuracy"][k], *row["mse"][k]) for k in row["accuracy"]]
-            dev[label] = np.mean(by_language, axis=0)
-        if label in ("teacher", "assistant", list(rows)[-1]):
-            total = row["sizes"]["total"]
-            share = total / rows["assistant"]["sizes"]["total"]
-            sizes[label.split(",")[0]] = *row["sizes"].values(), total * 4 / 2**20, share
+        by_set = (row["spearman"].get(k, math.nan) for k in names)
+        scores[label] = *by_set, mono, cross, everything
+        by_language = [(*row["accuracy"][k], *row["mse"][k]) for k in row["accuracy"]]
+        dev = np.mean(by_language, axis=0) if by_language else [math.nan] * 4
+        share = row["sizes"]["total"] / rows["assistant"]["sizes"]["total"]
+        sizes[label] = *row["sizes"].values(), share, *dev
     heads = ["Spearman x 100", *names, "mono", "cross", "all"]
     lines = aligned(heads, [".1f"] * (len(names) + 3), scores)
-    heads = ["dev pairs, mean of languages", "en->xx", "xx->en", "100 MSE en", "100 MSE xx"]
-    lines += aligned(heads, [".1f", ".1f", ".3f", ".3f"], dev)
-    heads = ["parameters", "embedding", "layers", "other", "total", "MB f32", "of assistant"]
-    lines += aligned(heads, [",", ",", ",", ",", ".1f", ".1%"], sizes)
-    if results["bootstrap"]:
-        known = [(k, *v) for k, v in results["bootstrap"].items() if not math.isnan(v[0])]
-        bounds = ", ".join(f"{k} {d:+.1f} ({low:+.1f} to {high:+.1f})" for k, d, low, high in known)
-        lines += ["", f"student - assistant, with 95 % of paired resamples: {bounds}"]
+    heads = ["parameters; dev pairs", "embedding", "layers", "other", "total", "of assistant"]
+    heads += ["en->xx", "xx->en", "100 MSE en", "100 MSE xx"]
+    lines += aligned(heads, [",", ",", ",", ",", ".1%", ".1f", ".1f", ".3f", ".3f"], sizes)
+    bounds = [
+        f"{k} {d:+.1f} ({a:+.1f} to {b:+.1f})" for k, (d, a, b) in results["bootstrap"].items()
+    ]
+    if bounds:
+        lines += ["", f"student - assistant, with 95 % of paired resamples: {', '.join(bounds)}"]
     seconds = ", ".join(f"{e['stage']} {e['seconds']:.0f} s" for e in results["stages"])
-    how = f"{results['dtype']}, {results['threads']} threads, seed {results['seed']}"
+    given = results["arguments"]
+    how = f"{given['dtype']}, {results['threads']} threads, seed {given['seed']}"
     return "\n".join([*lines, "", f"{seconds}; {how}"])
 
 
@@ -898,8 +895,6 @@ def execute(args):
     with run.first() as mine:
         lock = take(args.out) if mine else None  # noqa: F841 - held until this function ends
     keep_memory()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, run.on_signal)
     run.identity = same_run(run)
     if not file.exists():
         return pipeline(run)
@@ -910,16 +905,7 @@ def execute(args):
 
 
 def main(argv=None):
-    try:
-        execute(parse(argv))
-    except RuntimeError as e:
-        lost = isinstance(e, dist.DistError) or "gloo" in str(e)  # it has no class of its own
-        if not (lost and dist.is_initialized()):
-            raise
-        who = f"process {dist.get_rank()} lost the others: one of them has ended"
-        fix = "says why above unless it was killed. The same command continues from the checkpoint"
-        print(f"error: {who}, and {fix}", file=sys.stderr)
-        os._exit(1)  # an orderly end would wait for the one that is gone
+    execute(parse(argv))
 
 
 if __name__ == "__main__":

@@ -227,6 +227,6 @@ def teacher(scored, seed, dtype, device):
         rows = np.random.default_rng([seed, step]).choice(n, TEACHER_BATCH, replace=False)
         cos = torch.nn.functional.cosine_similarity(vectors(rows), vectors(rows + n))
         tokens = int((sizes[rows] + sizes[rows + n]).sum())
-        return {"score": msd.mse(cos, gold[put(rows, device)])}, tokens, rows
+        return {"score": msd.mse(cos, gold[put(rows, device)])}, tokens
 
     return model, loss_at
