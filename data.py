@@ -13,8 +13,8 @@ import json
 import math
 import os
 import re
-import struct
 import zlib
+from array import array
 from collections import Counter
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def fault_of(text, sides):
     if found := NOT_TEXT.search(text):
         return f"a character that is no text (U+{ord(found[0]):04X})"
     if len(sides) != 2:
-        return "no tab" if len(sides) == 1 else f"too many tabs ({len(sides) - 1})"
+        return "no tab" if len(sides) == 1 else f"too many columns ({len(sides)})"
     return None if all(sides) else "an empty side"
 
 
@@ -159,10 +159,9 @@ def refuse_bad(path, report):
     if bad <= BAD_SHARE * lines:
         return
     fix = ""
-    if report["bad"]["too many tabs"] > bad / 2:
-        columns = int(re.search(r"tabs \((\d+)\)", report["examples"]["too many tabs"])[1]) + 1
+    if report["bad"]["too many columns"] > bad / 2:
         cat = "zcat" if str(path).endswith(".gz") else "cat"
-        fix = f" It has {columns} columns; keep two: {cat} '{path}' | cut -f1,2 > en-xx.tsv"
+        fix = f" Keep two columns: {cat} '{path}' | cut -f1,2 > en-xx.tsv."
     first = "; ".join(report["examples"][kind] for kind in report["bad"])
     raise InputError(
         f"{path}: {bad} of {lines} lines are bad, more than {100 * BAD_SHARE:g} %: "
@@ -202,12 +201,10 @@ def read_sts(folder):
 # ---------------------------------------------------------------------------------- the disk store
 def open_array(path):
     """A memory-mapped array of the cache. Raises: InputError if it is damaged."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        entry = path.parent if path.parent.name.startswith(("corpus-", "tokens-")) else path
-        reason = f"damaged cache entry ({e}); delete {entry} and run again"
-        raise InputError(f"{path}: {reason}") from None
+    entry = path if path.name.startswith("vectors-") else path.parent
+    fix = f"; delete {entry} and run again"
+    with reading(path, "a whole cache entry", fix):
+        return np.load(path, mmap_mode="r")
 
 
 class Corpus:
@@ -234,7 +231,7 @@ class Corpus:
         """{language: (english, translations)} by the names of the files, en-XX."""
         pairs, end = {}, 0
         for r in self.report:
-            m = re.search(r"en-([a-z]{2,3})\b", r["file"])
+            m = re.search("(?<![a-z])en-([a-z]{2,3})(?![a-z])", r["file"])
             start, end = end, end + r["kept"]
             sides = pairs.setdefault(m[1] if m else r["file"], ([], []))
             for side, ids in zip(sides, self.pairs[start:end].T):
@@ -269,9 +266,6 @@ class Corpus:
             yield f"  dropped {example}"
 
 
-PAIR = np.dtype([("hash", "<u8", 2), ("size", "<u4", 2), ("line", "<u4"), ("group", "u1")])
-
-
 # The first value of a key is the version of what is stored; it moves when that changes.
 def build_corpus(files, cache, extra=(), max_chars=250, max_lines=None):
     """The Corpus of english<TAB>translation files, read once and then found by its content.
@@ -286,55 +280,40 @@ def build_corpus(files, cache, extra=(), max_chars=250, max_lines=None):
     if not folder.exists():
         with atomic(folder) as tmp:
             tmp.mkdir()
-            reports = _write_pairs(tmp, files, max_chars, max_lines)
-            names = ", ".join(f[3] for f in files) or "no files"
-            expected = f"english<TAB>translation lines, {max_chars} characters a side at most"
-            some = (tmp / "pairs").stat().st_size
-            need(some, f"{names}: no usable sentence pairs; expected {expected}")
-            _number_sentences(tmp)
-            (tmp / "report.json").write_text(json.dumps({"files": reports}), "utf-8")
+            _write_corpus(tmp, files, max_chars, max_lines)
     return Corpus(folder)
 
 
-def _write_pairs(tmp, files, max_chars, max_lines):
-    """All sentences into tmp/raw, and what PAIR says of each pair into tmp/pairs. -> reports"""
-    reports, pack = [], struct.Struct("<8s8s3IB").pack
-    empty = hashlib.blake2b(digest_size=8)  # a copy costs a third of a new one
-    with open(tmp / "raw", "wb") as raw, open(tmp / "pairs", "wb") as out:
-        for _, _, group, path in files:
-            reports.append({})
-            for number, *sides in read_pairs(path, reports[-1], max_chars, max_lines):
-                s, t = (x.encode() for x in sides)
-                (h := empty.copy()).update(s)
-                (k := empty.copy()).update(t)
-                raw.write(s + t)
-                out.write(pack(h.digest(), k.digest(), len(s), len(t), number, group))
-    return reports
-
-
-def _number_sentences(tmp):
-    """The arrays of a Corpus from what _write_pairs left, which goes.
-
-    Equal sentences get one number, so each is tokenised and encoded once. 64-bit hashes stand for
-    the text, one sixteenth of their range at a time, which sorts in a sixteenth of the memory.
-    """
-    read = np.memmap(tmp / "pairs", PAIR, "r")
-    sizes = np.cumsum(read["size"].reshape(-1), dtype=np.int64)
-    hashes = read["hash"].reshape(-1)  # (2n,)
-    ids, first = np.empty(len(hashes), np.uint32), [np.zeros(0, np.int64)]
-    for part in range(16):
-        rows = np.flatnonzero(hashes >> np.uint64(60) == part)
-        _, where, number = np.unique(hashes[rows], return_index=True, return_inverse=True)
-        ids[rows] = sum(map(len, first)) + number
-        first.append(rows[where])
-    arrays = {"text": np.memmap(tmp / "raw", np.uint8, "r"), "pairs": ids.reshape(-1, 2)}
-    arrays |= {"starts": np.concatenate([[0], sizes]), "first": np.concatenate(first)}
-    arrays |= {"group": read["group"], "line": read["line"]}
-    for name, array in arrays.items():
-        np.save(tmp / f"{name}.npy", array)
-    del arrays, read, hashes, array  # Windows deletes no file that is mapped
-    (tmp / "raw").unlink()
-    (tmp / "pairs").unlink()
+def _write_corpus(tmp, files, max_chars, max_lines):
+    """The arrays of a Corpus and its report. Equal sentences get one number, so each is tokenised
+    and encoded once; 64-bit hashes stand for the text."""
+    hashes, sizes, lines, groups = array("Q"), array("I"), array("I"), array("B")
+    text, reports = bytearray(), []
+    for _, _, group, path in files:
+        reports.append({})
+        for number, *sides in read_pairs(path, reports[-1], max_chars, max_lines):
+            for side in map(str.encode, sides):
+                key = hashlib.blake2b(side, digest_size=8).digest()
+                hashes.append(int.from_bytes(key, "little"))
+                sizes.append(len(side))
+                text += side
+            lines.append(number)
+            groups.append(group)
+    names = ", ".join(f[3] for f in files) or "no files"
+    expected = f"english<TAB>translation lines, {max_chars} characters a side at most"
+    need(lines, f"{names}: no usable sentence pairs; expected {expected}")
+    _, first, ids = np.unique(np.array(hashes), return_index=True, return_inverse=True)
+    arrays = {
+        "text": np.frombuffer(text, np.uint8),
+        "starts": np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
+        "pairs": ids.astype(np.uint32).reshape(-1, 2),
+        "group": np.array(groups),
+        "line": np.array(lines),
+        "first": first,
+    }
+    for name, values in arrays.items():
+        np.save(tmp / f"{name}.npy", values)
+    (tmp / "report.json").write_text(json.dumps({"files": reports}), "utf-8")
 
 
 def tokens(corpus, encoder, cache, progress=None, chunk=20000):
@@ -347,17 +326,15 @@ def tokens(corpus, encoder, cache, progress=None, chunk=20000):
     if not folder.exists():
         with atomic(folder) as tmp:
             tmp.mkdir()
-            starts, n = [np.zeros(1, np.int64)], len(corpus.first)
-            with open(tmp / "raw", "wb") as raw:
-                for i in range(0, n, chunk):
-                    flat, s = encoder.tokenize(corpus.texts(slice(i, i + chunk)))
-                    raw.write(flat.tobytes())
-                    starts.append(s[1:] + starts[-1][-1])
-                    if progress:
-                        progress(min(i + chunk, n), n)
-            np.save(tmp / "ids.npy", np.fromfile(tmp / "raw", np.uint32))
-            (tmp / "raw").unlink()
-            np.save(tmp / "starts.npy", np.concatenate(starts))
+            parts, lengths, n = [], [[0]], len(corpus.first)
+            for i in range(0, n, chunk):
+                flat, starts = encoder.tokenize(corpus.texts(slice(i, i + chunk)))
+                parts.append(flat)
+                lengths.append(np.diff(starts))
+                if progress:
+                    progress(min(i + chunk, n), n)
+            np.save(tmp / "ids.npy", np.concatenate(parts))
+            np.save(tmp / "starts.npy", np.cumsum(np.concatenate(lengths)))
     return open_array(folder / "ids.npy"), open_array(folder / "starts.npy")
 
 
@@ -386,10 +363,7 @@ def vectors(corpus, ids, encoder, fingerprint, cache, layers=True, progress=None
                 f.write(v.tobytes())
                 if progress:
                     progress(min(i + chunk, len(ids)), len(ids))
-    out, damage = open_array(path), "damaged cache entry"
-    ok = out.shape == shape and out.dtype == np.float16
-    need(ok, f"{path}: {damage} ({out.dtype} {out.shape}); delete it and run again")
-    return out
+    return open_array(path)
 
 
 # -------------------------------------------------------------------------------------- vocabulary

@@ -26,6 +26,7 @@ import mmap
 import os
 import platform
 import re
+import shutil
 import sys
 import textwrap
 import time
@@ -60,10 +61,8 @@ def note(text):
 
 def delete(path):
     """Delete a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        for child in path.iterdir():
-            delete(child)
-        path.rmdir()
+    if path.is_dir():
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
@@ -84,15 +83,14 @@ def reading(path, expected, fix=""):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary name beside `path`, a file's or a folder's; success renames it to `path`.
+    """Yield a temporary name beside `path`, for a file or a new folder; success renames it.
 
-    On failure it goes. A kill at any moment leaves a file's old content or its new, never a part;
-    a folder likewise, where there was none before.
+    On failure it goes. A kill at any moment leaves the old content or the new, never a part.
     Raises: InputError where it cannot be written, naming the path.
     """
     path = Path(path)
     mine = f".{path.name}.tmp-{platform.node()}-"  # machines may share a folder
-    tmp, aside = (path.parent / f"{x}{os.getpid()}" for x in (mine, f".{path.name}.old-"))
+    tmp = path.with_name(f"{mine}{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in (f for f in path.parent.iterdir() if f.name.startswith(mine)):
@@ -104,10 +102,7 @@ def atomic(path):
             for file in (f for f in [tmp, *tmp.rglob("*")] if f.is_file()):
                 with open(file, "rb+") as f:
                     os.fsync(f.fileno())  # a rename must not reach the disk before the content
-            if path.is_dir():  # a rename replaces files, not folders
-                os.rename(path, aside)
             os.replace(tmp, path)
-            delete(aside)
         finally:
             delete(tmp)
     except OSError as e:
@@ -143,8 +138,18 @@ def fingerprint(folder):
 
 
 # ------------------------------------------------------------------------------------ safetensors
-_KINDS = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
-DTYPES = dict(zip("F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL".split(), map(vars(torch).get, _KINDS)))
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def is_count(value, limit=2**62):
@@ -152,71 +157,44 @@ def is_count(value, limit=2**62):
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit
 
 
-def _read_header(data):
-    """(metadata, {name: (dtype, shape, first byte, last byte)}) of a safetensors file's bytes.
-
-    A header is not to be trusted: every number is checked before a byte is read by it.
-    Raises: InputError with the reason, or what a wrong type raises.
-    """
-    at = body = 8 + int.from_bytes(data[:8], "little")
-    short = "too short for its header, truncated or damaged"
-    need(body <= len(data), f"{len(data)} bytes, {short}")
-    header = json.loads(data[8:body].decode("utf-8"))
-    need(isinstance(header, dict), "the header is no JSON object")
-    meta, entries = header.pop("__metadata__", {}), {}
-    form = f"names with exactly dtype (one of {', '.join(DTYPES)}), shape and two data_offsets"
-    with reading("header", form):
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            shape, (start, end) = entry["shape"], entry["data_offsets"]
-            counts = type(shape) is list and all(map(is_count, [*shape, start, end]))
-            fits = counts and entry["dtype"] in DTYPES and len(entry) == 3 and name.isprintable()
-            need(fits, f"{name!r}: {entry!r:.200}")
-            kind = DTYPES[entry["dtype"]]
-            size = math.prod(shape) * kind.itemsize
-            need(end - start == size, f"{name!r} is {kind} {shape} but has {end - start} bytes")
-            need(body + start == at, f"{name!r} is at byte {start}: an overlap or a hole")
-            at += size
-            entries[name] = kind, shape, body + start, at
-    need(at == len(data), f"the tensors end at byte {at} of {len(data)}: truncated or damaged")
-    return meta, entries
-
-
-PIECE = 2**22  # numbers of a tensor to look at before their pages are given back
-
-
 def read_safetensors(path, to=None, copy=False):
     """(tensors by name, metadata) of a safetensors file.
 
     Tensors are views of a private mapping of the file: a page costs memory when it is used. With
-    `to`, those of another floating dtype are converted, with `copy` all are copied.
-    Raises: InputError with the file and the reason, also for values that are not finite.
+    `to`, those of floating dtypes are converted, or with `copy` copied, one at a time.
+    Raises: InputError with the file and the reason.
     """
-    fix = ". Fetch or export it again"
-    with reading(path, "a valid safetensors file", fix), open(path, "rb") as f:
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        meta, entries = _read_header(data)
-        tensors = {}
-        for name, (kind, shape, start, end) in entries.items():
-            raw = torch.from_numpy(np.frombuffer(data, np.uint8, end - start, start))
-            raw = raw.clone() if start % kind.itemsize else raw  # a foreign writer's: align it
-            tensor, floating = raw.view(kind), kind.is_floating_point
-            target = to if to and floating else kind
-            out = torch.empty_like(tensor, dtype=target) if copy or target != kind else tensor
-            for source, piece in zip(tensor.split(PIECE), out.split(PIECE)):
-                finite = not floating or torch.isfinite(source.sum(dtype=torch.float32))
-                need(finite, f"{name} holds values that are not finite")
-                if out is not tensor:
-                    piece.copy_(source)
-                _give_back(data, start, start := start + source.nbytes)
-            tensors[name] = out.view(shape)
+    with reading(path, "a valid safetensors file", ". Fetch or export it again"):
+        with open(path, "rb") as f:
+            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        body = 8 + int.from_bytes(data[:8], "little")
+        need(
+            body <= len(data), f"{len(data)} bytes, too short for its header: truncated or damaged"
+        )
+        header = json.loads(data[8:body].decode("utf-8"))
+        need(isinstance(header, dict), "the header is no JSON object")
+        meta, tensors, at = header.pop("__metadata__", {}), {}, 0
+        # A header is not to be trusted: each tensor must begin where the one before it ended.
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            kind, shape = DTYPES.get(entry["dtype"]), entry["shape"]
+            start, end = entry["data_offsets"]
+            known = kind and type(shape) is list and all(map(is_count, [*shape, start, end]))
+            known = known and len(entry) == 3 and name.isprintable()
+            form = f"dtype (one of {', '.join(DTYPES)}), shape and data_offsets"
+            need(known, f"{name!r} is {entry!r:.200}, expected exactly {form}")
+            fits = start == at and end - start == math.prod(shape) * kind.itemsize
+            where = f"{name!r}, {entry!r:.200}, in {len(data) - body} bytes from {at} on"
+            why = "truncated, an overlap, a hole or of another size"
+            need(fits and body + end <= len(data), f"{where}: {why}")
+            raw = torch.from_numpy(np.frombuffer(data, np.uint8, end - start, body + start))
+            raw = raw.clone() if (body + start) % kind.itemsize else raw  # a foreign writer's
+            tensors[name], at = raw.view(kind).view(shape), end
+            if to and kind.is_floating_point:
+                tensors[name] = tensors[name].to(to, copy=copy)
+                if hasattr(data, "madvise"):  # let go of what was read; the file still has it
+                    data.madvise(mmap.MADV_DONTNEED)
+        need(body + at == len(data), f"the tensors end at byte {body + at} of {len(data)}: damaged")
     return tensors, meta
-
-
-def _give_back(data, start, end, page=mmap.PAGESIZE):
-    """Let the memory of a mapping's bytes go; read again, they come from the file."""
-    first, last = -(-start // page) * page, end // page * page  # whole pages inside
-    if last > first and hasattr(data, "madvise"):
-        data.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def write_safetensors(path, tensors, meta=None):
@@ -317,7 +295,10 @@ def read_config(root, pad_id, shapes):
     check(same, "bottleneck_size", f"{B}, the width of the word table in the weights")
     # The authors' students keep the assistant's config.json: their K x R is its number of layers.
     # Without their bottleneck, fewer layers than config.json says are a damaged file.
-    depth, K = raw["num_hidden_layers"], len({k.split(".")[1] for k in shapes if "layers." in k})
+    depth, K = (
+        raw["num_hidden_layers"],
+        len({k.split(".")[1] for k in shapes if k.startswith("layers.")}),
+    )
     unsaid = "recurrence" not in said and B and K and depth % K == 0
     check(K == depth or unsaid, "num_hidden_layers", f"{K}, the layers in the weights")
     R, positions = depth // K if unsaid else raw["recurrence"], raw["max_position_embeddings"]
@@ -631,7 +612,9 @@ class Encoder(nn.Module):
             if progress:
                 progress(i, len(order))
         self.train(was_training)
-        return out.cpu().numpy()
+        out = out.cpu().numpy()
+        need(np.isfinite(out).all(), "the model's vectors are not finite: are its weights damaged?")
+        return out
 
     def encode(self, texts, normalize=None, prompt=None, progress=None, batch=None):
         """Texts -> float32 array (n, width) in input order; a single str -> (width,).
@@ -654,6 +637,7 @@ class Encoder(nn.Module):
 
     def save(self, folder):
         """Write a model directory, atomically, with float32 weights; see write()."""
+        need(not Path(folder).exists(), f"{folder}: is there already; choose another folder")
         with atomic(folder) as tmp:
             tmp.mkdir()
             self.write(tmp)
@@ -742,15 +726,15 @@ def from_hf(tensors):
 
     Raises: KeyError or RuntimeError where a query, key or value is missing or misshapen.
     """
-    tensors, out = dict(tensors), {}
-    whole = [re.sub(r"\.self\.(query|key|value)\.", ".self.qkv.", name) for name in tensors]
-    for name in dict.fromkeys(n for n in whole if n not in tensors):
-        parts = [tensors.pop(name.replace("qkv", part)) for part in QKV]
-        tensors[name] = torch.stack(parts).flatten(0, 1)  # which demands equal shapes
+    out = {}
     for name, t in tensors.items():
         for ours, theirs in NAMES.items():
             name = name.replace(theirs, ours, 1)
         out[name] = t
+    for name in [n for n in out if ".attention.self.query." in n]:
+        parts = [out.pop(name.replace("query", part)) for part in QKV]
+        joined = name.replace(".attention.self.query.", ".qkv.")
+        out[joined] = torch.stack(parts).flatten(0, 1)  # which demands equal shapes
     return out
 
 
@@ -1175,9 +1159,9 @@ def read_texts(path):
     """The lines of a UTF-8 text file or, for "-", of standard input."""
     with reading(path, "UTF-8 text", "; convert it with iconv"):
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        texts = raw.decode("utf-8-sig").splitlines()
-    need(texts, f"{path}: no lines to read")
-    return texts
+        text = raw.decode("utf-8-sig").removesuffix("\n")
+    need(text, f"{path}: no lines to read")
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def meter(what, say=lambda text: print(text, file=sys.stderr)):

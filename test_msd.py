@@ -772,7 +772,7 @@ def test_reading_pairs_adds_up(tmp_path):
     assert pairs[0] == (1, "first", "erster") and r["kept"] == len(pairs) == 1992
     assert r["bad"] == {
         "no tab": 1,
-        "too many tabs": 1,
+        "too many columns": 1,
         "not UTF-8": 1,
         "an empty side": 1,
         f"longer than {data.LINE_LIMIT} bytes": 1,
@@ -982,16 +982,16 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (raw_safetensors(b"{nope"), "Expecting property name"),
         (raw_safetensors(b"[" * 100000), "recursion depth"),
         (raw_safetensors([1]), "no JSON object"),
-        (raw_safetensors({"a": ENTRY}, b"1234"), "end at byte .* truncated"),
+        (raw_safetensors({"a": ENTRY}, b"1234"), "in 4 bytes .* truncated"),
         (raw_safetensors({"a": ENTRY}, b"x" * 12), "end at byte"),
-        (raw_safetensors({"a": {**ENTRY, "shape": [3]}}, b"x" * 8), "but has 8 bytes"),
+        (raw_safetensors({"a": {**ENTRY, "shape": [3]}}, b"x" * 8), "of another size"),
         (raw_safetensors({"a": {**ENTRY, "dtype": "F8"}}, b"x" * 8), "'dtype': 'F8'"),
         (raw_safetensors({"a": {**ENTRY, "shape": [-2]}}, b"x" * 8), "shape"),
         (raw_safetensors({"a": {**ENTRY, "shape": [True, 2]}}, b"x" * 8), "shape"),
         (raw_safetensors({"a": ENTRY, "b": ENTRY}, b"x" * 8), "overlap"),
         (raw_safetensors({"a": {**ENTRY, "data_offsets": [4, 12]}}, b"x" * 12), "hole"),
-        (raw_safetensors({"a": {**ENTRY, "data_offsets": [8, 0]}}, b"x" * 8), "has -8 bytes"),
-        (raw_safetensors({"a": {"dtype": "F32"}}), "exactly"),
+        (raw_safetensors({"a": {**ENTRY, "data_offsets": [8, 0]}}, b"x" * 8), "of another size"),
+        (raw_safetensors({"a": {"dtype": "F32"}}), "data_offsets"),
         (
             raw_safetensors(
                 b'{"a":'
@@ -1116,7 +1116,10 @@ def test_save_and_load(tokenizer, tmp_path):
         m.save(tmp_path / str(i))
         back = M.load(tmp_path / str(i), "float32")
         assert back.config == m.config and np.array_equal(back.encode(TEXTS), m.encode(TEXTS))
+        M.delete(tmp_path / "again")
         m.save(tmp_path / "again")
+        with pytest.raises(M.InputError, match="again: is there already; choose another"):
+            m.save(tmp_path / "again")
         assert all(
             (tmp_path / "again" / f).read_bytes() == (tmp_path / str(i) / f).read_bytes()
             for f in ("config.json", "tokenizer.json", "model.safetensors")
@@ -1746,13 +1749,13 @@ def test_damaged_cache_is_named(tmp_path, tokenizer):
         lambda: data.vectors(c, np.arange(2), m, "x", tmp_path / "cache"),
         lambda: data.build_corpus([file], tmp_path / "cache"),
     ):
-        with pytest.raises(M.InputError, match="damaged cache entry .* delete"):
+        with pytest.raises(M.InputError, match="not a whole cache entry.* delete"):
             call()
 
 
 def test_broken_weights(folder):
     root, _ = folder
-    tensors, _ = M.read_safetensors(root / "model.safetensors", copy=True)
+    tensors, _ = M.read_safetensors(root / "model.safetensors")
     key = "bert.encoder.layer.1.attention.self.key.weight"
     for change, message in (
         ({key: tensors[key] * math.nan}, "not finite"),
@@ -1764,12 +1767,12 @@ def test_broken_weights(folder):
         ),
         (
             {"bert.encoder.layer.9.attention.self.key.weight": tensors[key]},
-            "not an encoder's weights: .encoder.layer.9.attention.self.query.weight",
+            "num_hidden_layers is 4, expected 5, the layers in the weights",
         ),
     ):
         M.write_safetensors(root / "model.safetensors", {**tensors, **change})
         with pytest.raises(M.InputError, match=message):
-            M.load(root)
+            M.load(root).encode("red")
     # Half of the layers gone is no recurrent model: only the authors' students, known by
     # their bottleneck, leave R unsaid.
     M.write_safetensors(
@@ -2085,6 +2088,7 @@ def test_search_stores_the_corpus(search, tokenizer):
     before = Path(file).read_bytes()
     write(Path("corpus.txt"), "red old\nblue old\ntwo dogs run\n")
     search("blue new")
+    M.delete(Path("small"))
     tiny(tokenizer, 2).save("small")
     search("blue new")
     assert len(stored()) == 3 and Path(file).read_bytes() == before
@@ -2279,7 +2283,7 @@ def test_damaged_int8(exported, tmp_path):
         kept = {k: v for k, v in {**tensors, name: value}.items() if v is not None}
         M.write_safetensors(tmp_path / "model.safetensors", kept)
         with pytest.raises(M.InputError, match=message):
-            M.load(tmp_path)
+            M.load(tmp_path).encode("red")
 
 
 @pytest.mark.parametrize(
@@ -2607,7 +2611,7 @@ def test_other_families_name_teachers_that_work(folder, name):
     "name, message",
     [
         ("en-de.utf16.tsv", "is UTF-16;.*iconv"),
-        ("en-de.three-columns.tsv", "3 columns.*cut -f1,2"),
+        ("en-de.three-columns.tsv", "Keep two columns.*cut -f1,2"),
         ("en-de.parquet", "is parquet.*pandas"),
         ("en-de.tsv.zip", "is zip.*unzip -p"),
     ],
@@ -2693,7 +2697,7 @@ def test_lines_that_are_suspicious(tmp_path):
     told = list(data.build_corpus([same], tmp_path / "cache").describe(906))
     assert told[1].startswith("  warning: 6.2%: both sides are equal, such as ")
     three = "".join(f"a {i}\tb {i}\tc {i}\td\n" for i in range(50))
-    with pytest.raises(M.InputError, match=r"It has 4 columns; keep two: zcat .* cut -f1,2"):
+    with pytest.raises(M.InputError, match=r"Keep two columns: zcat .* cut -f1,2"):
         list(data.read_pairs(write(tmp_path / "b.tsv.gz", gzip.compress(three.encode())), {}))
 
 
@@ -2730,7 +2734,7 @@ def test_other_systems(world, tmp_path):
     write(
         tmp_path / "without" / "sitecustomize.py",
         """
-import ctypes, os, pathlib, sys
+import ctypes, os, pathlib, shutil, sys
 import numpy, torch  # they ask os.uname on Linux themselves
 for name in ("posix_fallocate", "uname", "fork"):
     vars(os).pop(name, None)
@@ -2739,6 +2743,7 @@ for name in ("fcntl", "resource"):
 def refuse(*a, **k):
     raise TypeError("LoadLibrary() argument 1 must be str, not None")
 ctypes.CDLL = refuse
+shutil._use_fd_functions = False  # as there
 real = os.open
 def no_folders(path, flags, *a, **k):
     if os.path.isdir(path):

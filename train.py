@@ -379,7 +379,7 @@ class Training:
 
     def restore(self):
         """The step to begin at: that of this stage's checkpoint, or 0. Raises: InputError."""
-        tensors, meta = M.read_safetensors(self.file, copy=True) if self.file.exists() else ({}, {})
+        tensors, meta = M.read_safetensors(self.file) if self.file.exists() else ({}, {})
         step = 0
         if meta.get("stage") == self.name:
             fix = f"; delete it to begin {self.name} again"
