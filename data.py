@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import zlib
@@ -373,7 +372,7 @@ FAIR_SAMPLE = 1_000_000  # sentences are numbered by their hash: the first ones 
 
 def vocabulary(corpus, size, lower_case, cache):
     """The tokenizer that train_tokenizer learns from a corpus, made once."""
-    path = Path(cache) / f"vocabulary-{digest(2, corpus.key, size, lower_case)}.json"
+    path = Path(cache) / f"vocabulary-{digest(3, corpus.key, size, lower_case)}.json"
     if not path.exists():
         parts = range(0, min(len(corpus.first), FAIR_SAMPLE), 10000)
         texts = (t for i in parts for t in corpus.texts(slice(i, i + 10000)))
@@ -384,51 +383,22 @@ def vocabulary(corpus, size, lower_case, cache):
         return Tokenizer.from_file(str(path))
 
 
-def train_tokenizer(texts, size, lower_case, max_chars=10**6):
-    """A Unigram tokenizer of about `size` pieces learnt from text, with XLM-R's special tokens.
+def train_tokenizer(texts, size, lower_case):
+    """A BPE tokenizer of at most `size` pieces learnt from text, with XLM-R's special tokens.
 
-    Pieces come from byte-pair merges, their scores from counting the best segmentations twice (hard
-    EM): the library's own Unigram trainer gives another vocabulary each time, for the order of a
-    hash table, and a run must repeat.
+    XLM-R's own kind is Unigram, but its trainer in the library gives another vocabulary each time,
+    by the order of a hash table, and a run must repeat.
     """
-    normalizer = normalizers.Sequence([normalizers.NFKC()] + [normalizers.Lowercase()] * lower_case)
-    split, words = pre_tokenizers.Metaspace(), Counter()
-    parts = (text[:max_chars].replace(" ", "\n ").split("\n") for text in texts)
-    for part, n in Counter(itertools.chain.from_iterable(parts)).items():  # each word once
-        for word, _ in split.pre_tokenize_str(normalizer.normalize_str(part)):
-            words[word] += n
-    words = sorted(words.items())
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer, bpe.pre_tokenizer = normalizer, split
-    bpe.train_from_iterator(
-        (w.replace("▁", " ") * min(n, 1000) for w, n in words),
-        trainers.BpeTrainer(vocab_size=size - len(SPECIAL), show_progress=False),
-    )
-    pieces = sorted(set(bpe.get_vocab()) - set(SPECIAL))
-    scores = {p: -math.log(len(pieces)) - 0.1 * (p == "▁") for p in pieces}
-    for _ in range(2):
-        unigram = Tokenizer(_unigram(scores))
-        counts = np.full(len(SPECIAL) + len(scores), 0.5)  # half a count: unused stay finite
-        for i in range(0, len(words), 10000):
-            part, n = zip(*words[i : i + 10000])
-            ids = [e.ids for e in unigram.encode_batch_fast(part)]
-            each = np.repeat(n, [len(x) for x in ids])
-            flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, len(each))
-            counts += np.bincount(flat, each, len(counts))
-        total = counts[len(SPECIAL) :].sum()
-        scores = {p: math.log(counts[unigram.token_to_id(p)] / total) for p in pieces}
-    tokenizer = Tokenizer(_unigram(scores))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, split
+    steps = [normalizers.NFKC(), normalizers.Lowercase()]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(steps if lower_case else steps[:1])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.add_special_tokens(SPECIAL)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     ends = [("<s>", 0), ("</s>", 2)]
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
     return tokenizer
-
-
-def _unigram(scores):
-    ranked = sorted(scores.items(), key=lambda x: (-x[1], x[0]))
-    return models.Unigram([(p, 0.0) for p in SPECIAL] + ranked, unk_id=3)
 
 
 def always_kept(tokenizer, size):

@@ -549,10 +549,10 @@ def test_new_vocabulary_learns_translations(tokenizer):
     T = tiny(tokenizer)
     text = [
         ("man", "mann"),
-        ("man sun", "mann son"),
-        ("sun", "son"),
-        ("sun", "son"),
-        ("son", "zon"),
+        ("man two", "mann boy"),
+        ("two", "boy"),
+        ("two", "boy"),
+        ("boy", "zon"),
         ("man", "猫"),
     ]
     new = data.train_tokenizer([x for pair in text[:-1] * 20 for x in pair], 60, lower_case=True)
@@ -565,17 +565,16 @@ def test_new_vocabulary_learns_translations(tokenizer):
 
     got = {
         w: A.embeddings.word.weight[new.token_to_id("▁" + w)]
-        for w in ("man", "mann", "sun", "son", "zon")
+        for w in ("man", "mann", "two", "boy", "zon")
     }
     near = lambda a, b: float(torch.nn.functional.cosine_similarity(a, b, 0).detach())
-    assert torch.allclose(got["man"], row("man"), atol=1e-5) and torch.allclose(
-        got["zon"], row("son"), atol=1e-5
-    )
+    assert torch.allclose(got["man"], row("man"), atol=1e-5)
+    assert torch.allclose(got["zon"], row("boy"), atol=1e-5)
     assert near(got["mann"], row("man")) > 0.95
     both = (
-        3 * row("sun") + row("son")
-    ) / 4  # three times a translation of sun, once English itself
-    assert near(got["son"], both) > 0.95 > near(got["son"], row("son"))
+        3 * row("two") + row("boy")
+    ) / 4  # three times a translation of two, once English itself
+    assert near(got["boy"], both) > 0.95 > near(got["boy"], row("boy"))
     for name in data.SPECIAL:
         assert torch.equal(
             A.embeddings.word.weight[new.token_to_id(name)], plain[new.token_to_id(name)]
@@ -839,15 +838,19 @@ def test_batches_cover_every_pair_once_and_repeat():
 def library_tokenizer(kind, texts):
     """A tokenizer of another kind than ours, as published models have them."""
     special, small = ["<s>", "<pad>", "</s>", "<unk>"], {"vocab_size": 400, "show_progress": False}
-    t = tokenizers.Tokenizer(getattr(tokenizers.models, kind.split("-")[-1])(unk_token="<unk>"))
+    if "Unigram" in kind:
+        t, small["unk_token"] = tokenizers.Tokenizer(tokenizers.models.Unigram()), "<unk>"
+    else:
+        model = getattr(tokenizers.models, kind.split("-")[-1])
+        t = tokenizers.Tokenizer(model(unk_token="<unk>"))
     t.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     t.post_processor = tokenizers.processors.BertProcessing(("</s>", 2), ("<s>", 0))
     if kind == "byte-BPE":
         t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
         t.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
         small["initial_alphabet"] = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    name = "WordPieceTrainer" if kind == "WordPiece" else "BpeTrainer"
-    trainer = getattr(tokenizers.trainers, name)
+    name = {"WordPiece": "WordPieceTrainer", "Unigram": "UnigramTrainer"}.get(kind.split("-")[0])
+    trainer = getattr(tokenizers.trainers, name or "BpeTrainer")
     t.train_from_iterator(texts, trainer(special_tokens=special, **small))
     return t
 
@@ -857,12 +860,11 @@ def test_vocabulary_cut_to_a_text(kind, tmp_path):
     """The pieces a text uses most; what it cuts as before has the same vectors, to the bit."""
     files = [demo.DEMO / f"{x}.txt" for x in ("en", "de", "tr", "ar")]
     lines = [line for f in files for line in f.read_text("utf-8").splitlines()]
-    if "Unigram" in kind:
-        raw = json.loads(data.train_tokenizer(lines, 400, True).to_str())
-        raw["model"]["unk_id"] = None if kind == "Unigram-bare" else raw["model"]["unk_id"]
+    old = library_tokenizer(kind, lines)
+    if kind == "Unigram-bare":
+        raw = json.loads(old.to_str())
+        raw["model"]["unk_id"] = None
         old = tokenizers.Tokenizer.from_str(json.dumps(raw))
-    else:
-        old = library_tokenizer(kind, lines)
     m = tiny(old)
     size = len(data.always_kept(old, len(old.get_vocab()))) + 60
     counts = np.bincount(m.tokenize(lines[:80])[0], minlength=m.config.vocab_size)
@@ -1328,7 +1330,7 @@ def test_vocabulary_larger_than_the_table(tokenizer, tmp_path):
     m.save(tmp_path / "m")
     m.tokenizer = tokenizer
     bigger = json.loads(tokenizer.to_str())
-    bigger["model"]["vocab"].append(["zzz", -9.0])
+    bigger["model"]["vocab"]["zzz"] = len(tokenizer.get_vocab())
     write(tmp_path / "m" / "tokenizer.json", json.dumps(bigger))
     with pytest.raises(M.InputError, match="pieces, but the word table has"):
         M.load(tmp_path / "m")
