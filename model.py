@@ -219,9 +219,16 @@ def write_safetensors(path, tensors, meta=None):
 # ---------------------------------------------------------------------------------- configuration
 TEACHERS = "all-MiniLM-L6-v2, all-distilroberta-v1, paraphrase-MiniLM-L12-v2"  # that work
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len")
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
-ACTIVATIONS |= {"sigmoid": torch.sigmoid, "identity": nn.Identity()}
-ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), nn.GELU("tanh"))
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": nn.GELU("tanh"),
+    "gelu_pytorch_tanh": nn.GELU("tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "identity": nn.Identity(),
+}
 
 
 @dataclass(frozen=True)
@@ -628,7 +635,7 @@ class Encoder(nn.Module):
         for i, t in enumerate(texts):
             if not isinstance(t, str) or re.search("[\ud800-\udfff]", t):  # half of a pair
                 raise InputError(f"text {i} is {t!r:.60}, expected a str of whole characters")
-        if progress is None and getattr(sys.stderr, "isatty", bool)():
+        if progress is None and sys.stderr and sys.stderr.isatty():
             progress = meter("encode")
         out = self.embed(*self.tokenize(texts, prompt), progress=progress, most=batch)
         normalize = self.config.normalize if normalize is None else normalize
@@ -703,11 +710,13 @@ NAMES = {  # ours and Hugging Face's
 TABLE = "embeddings.word_embeddings.weight"
 QKV = ("query", "key", "value")  # one weight here, "qkv"
 # What pretraining and classifiers leave in a checkpoint; no sentence vector needs it.
-HEADS = set("pooler lm_head cls classifier pre_classifier qa_outputs score".split())
-HEADS |= set("vocab_transform vocab_layer_norm vocab_projector".split())
+HEADS = {"pooler", "lm_head", "cls", "classifier", "pre_classifier", "qa_outputs", "score"}
+HEADS |= {"vocab_transform", "vocab_layer_norm", "vocab_projector"}
 # What a directory may hold in place of the file that is read here.
-OLD = {"model.safetensors": ("pytorch_model.bin", "tf_model.h5", "model.ckpt.index")}
-OLD["tokenizer.json"] = ("sentencepiece.bpe.model", "spiece.model", "vocab.txt", "vocab.json")
+OLD = {
+    "model.safetensors": ("pytorch_model.bin", "tf_model.h5", "model.ckpt.index"),
+    "tokenizer.json": ("sentencepiece.bpe.model", "spiece.model", "vocab.txt", "vocab.json"),
+}
 
 
 def to_hf(state):
@@ -1032,11 +1041,6 @@ class SentenceEncoder(nn.Module):
         self.encoder.tokenizer.enable_truncation(tokens)
 
 
-def _turned(m, x, activation="identity"):
-    """Linear.forward with the weight stored turned, see write_onnx."""
-    return ACTIVATIONS[activation](x @ m.weight + (0 if m.bias is None else m.bias))
-
-
 def write_onnx(model, folder):
     """Write model.onnx, float32, and model_quantized.onnx, 8 bits.
 
@@ -1054,10 +1058,14 @@ def write_onnx(model, folder):
     except ImportError as e:
         fix = "pip install onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0"
         raise InputError(f"--onnx needs {e.name}, which nothing else does: {fix}") from None
+
+    def turned(m, x, activation="identity"):
+        return ACTIVATIONS[activation](x @ m.weight + (0 if m.bias is None else m.bias))
+
     # Turned here, not by the graph, a tied matrix stands in the file once, and can be quantized.
     for m in [m for m in model.modules() if isinstance(m, Linear)]:
         m.weight = nn.Parameter(m.weight.T.contiguous(), requires_grad=False)
-        m.forward = functools.partial(_turned, m)
+        m.forward = functools.partial(turned, m)
     model.forward = lambda input_ids, attention_mask: model.hidden(input_ids, attention_mask.bool())
     ids = torch.ones(2, 7, dtype=torch.int64)  # any: values are not looked at
     names = {"input_names": ["input_ids", "attention_mask"], "output_names": ["last_hidden_state"]}
@@ -1081,7 +1089,7 @@ def model_card(model, source, name, weights, onnx, plain):
     with contextlib.suppress(InputError), reading(source, "of a run"):  # the file may be anybody's
         results = read_json(source.parent / "results.json")
         row = [v for k, v in results["rows"].items() if k.split(",")[0] == source.name][-1]
-        scores = {k: v for k, v in row["spearman"].items() if v == v}
+        scores = {k: v for k, v in row["spearman"].items() if not math.isnan(v)}
         seen = {x for pair in scores for x in pair.split("-")} | set(row["accuracy"])
         languages = sorted(seen) or languages
         if scores:

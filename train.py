@@ -1,8 +1,9 @@
 """Train: `python train.py` runs all four stages on the built-in corpus; --help says what else.
 
-A run lives in one folder. The same command again continues it, exactly, wherever it was stopped.
+A run lives in one folder. The same command again continues it, exactly, whenever it was stopped.
 Random, and from --seed: the order of batches, dropout, noise in a student's start, the demo's
-teacher. Samples of text (for the alignment, for dev, for a look) and the demo's corpus are fixed.
+teacher. Fixed: samples of text (for the alignment, for dev, for a look), the demo's corpus, the
+resamples of the bootstrap.
 
     arguments  |  the run  |  the loop  |  checkpoint and log  |  the stages  |  the pipeline
     evaluation  |  the table  |  the command
@@ -41,20 +42,21 @@ SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
 EVALS = 4  # dev readings a stage; the best one's weights are kept
 
 # -------------------------------------------------------------------------------------- arguments
-# What may differ between a run and its continuation; another device draws other dropout masks.
+# What a continuation may change; of these a device changes the bits.
 FREE = {"out", "cache", "device", "keep"}
 
 
 def number(kind, low, below=math.inf, by_stage=False):
-    """A type for argparse: low <= x < below. by_stage: one, or four with commas -> four."""
+    """A type for argparse: low <= x < below. by_stage: one for all stages, or one for each."""
+    stages = len(msd.STAGES)
 
     def parse(text):
         values = tuple(map(kind, text.split(",") if by_stage else [text]))
-        if len(values) not in (1, 4) or not all(low <= x < below for x in values):
+        if len(values) not in (1, stages) or not all(low <= x < below for x in values):
             limit = f", less than {below}" if below < math.inf else ""
-            four = "; one value, or four with commas" if by_stage else ""
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more{limit}{four}")
-        return values * (4 // len(values)) if by_stage else values[0]
+            each = f"; one value, or {stages} with commas" if by_stage else ""
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more{limit}{each}")
+        return values * (stages // len(values)) if by_stage else values[0]
 
     parse.__name__ = kind.__name__  # what argparse calls it in its error
     return parse
@@ -62,10 +64,11 @@ def number(kind, low, below=math.inf, by_stage=False):
 
 def stages(text):
     """A type for argparse: 1-4 or 1,4 -> the list of stages."""
-    spans = [re.fullmatch("([1-4])(?:-([1-4]))?", part.strip()) for part in text.split(",")]
+    spans = [re.fullmatch(r"(\d)(?:-(\d))?", part.strip()) for part in text.split(",")]
     wanted = {k for m in spans if m for k in range(int(m[1]), int(m[2] or m[1]) + 1)}
-    if not all(spans) or not wanted:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected stages 1 to 4, such as 1-4 or 1,4")
+    if not all(spans) or not wanted or not wanted <= set(msd.STAGES):
+        known = f"stages 1 to {max(msd.STAGES)}, such as 1-{max(msd.STAGES)} or 1,4"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {known}")
     return sorted(wanted)
 
 
@@ -90,7 +93,7 @@ def parser():
     add("--vocab", type=number(int, 100), help="pieces learnt here; more helps across languages")
     add("--keep-vocab", type=number(int, 1), help="pieces of --assistant to keep, most used first")
     add = ap.add_argument_group("schedule: one value, or four for stages 1 to 4").add_argument
-    add("--stages", type=stages, default=[1, 2, 3, 4], help="1-4; 2-4 takes --assistant as it is")
+    add("--stages", type=stages, default=[*msd.STAGES], help="1-4; 2-4 takes --assistant as it is")
     add("--epochs", type=each(float, 1e-6, 1e6), help="passes over the pairs; 0.1: a quick look")
     add("--batch", type=each(int, 1), help="pairs a step; in stage 4 each is contrasted with all")
     add("--lr", type=each(float, 1e-12), help="peak learning rate; small models take 1e-3 and more")
@@ -114,21 +117,22 @@ def parse(argv):
     """The arguments, those not given filled in from the preset. Raises: InputError."""
     args = parser().parse_args(argv)
     args.preset = args.preset or ("minilm" if args.train or args.teacher else "demo")
-    rates = args.lr
+    given_lr = args.lr
     for name, value in vars(msd.PRESETS[args.preset]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.bottleneck == 0:  # there is nothing to align, and no need of the lower rate in stage 3
+    if args.bottleneck == 0:  # there is nothing to align
         args.stages = [k for k in args.stages if k != 2]
-        args.lr = rates or (*args.lr[:2], args.lr[0], args.lr[3])
+        # The paper halves xlmr's rate in stage 3 with a bottleneck alone.
+        args.lr = given_lr or (*args.lr[:2], args.lr[0], *args.lr[3:])
     need(args.stages, "--stages 2 alone needs a bottleneck")
     need(args.assistant or not args.keep_vocab, "--keep-vocab needs --assistant DIR, to cut its")
     ready = 1 in args.stages or args.assistant
     need(ready, "--stages without 1 needs --assistant DIR, a trained multilingual encoder")
     own = args.preset != "demo" or args.teacher or args.train or args.dev or args.sts or args.extra
     fix = "for the built-in corpus leave out these, --dev, --sts and --extra"
-    both = not own or args.teacher and args.train
-    need(both, f"your own data needs both --teacher DIR and --train GLOB; {fix}")
+    whole = args.teacher and args.train
+    need(whole or not own, f"your own data needs both --teacher DIR and --train GLOB; {fix}")
     args.out = args.out or Path(f"runs/{args.preset}")
     args.device = usable_device(args.device)
     return args
@@ -538,7 +542,8 @@ def mean_loss(model, loss_at, steps):
 
 
 def share_of(run, n):
-    """(rows, gather) of one process in a batch of n pairs: these lines make two GPUs equal one.
+    """(rows, gather) of one process in a batch of n pairs: these lines make two GPUs equal one, up
+    to rounding and but for dropout, whose masks differ by process.
 
     Each process takes every world-th row; gather puts the vectors (N, H) of all rows together. The
     loss is then the same formula over the whole batch, contrastive matrix and all, on every
