@@ -324,6 +324,8 @@ def deferred_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if caught:  # after the last step had asked
+        signal.raise_signal(caught[0])
 
 
 def rate_at(step, steps):
