@@ -384,7 +384,8 @@ def vocabulary(corpus, size, lower_case, cache):
 
 
 def train_tokenizer(texts, size, lower_case):
-    """A BPE tokenizer of at most `size` pieces learnt from text, with XLM-R's special tokens.
+    """A BPE tokenizer of `size` pieces learnt from text, with XLM-R's special tokens; of more where
+    there are more characters, of fewer where there are fewer words.
 
     XLM-R's own kind is Unigram, but its trainer in the library gives another vocabulary each time,
     by the order of a hash table, and a run must repeat.

@@ -61,7 +61,7 @@ def note(text):
 
 def delete(path):
     """Delete a file or a folder, if it is there."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ def reading(path, expected, fix=""):
     except MemoryError:
         raise
     except OSError as e:
-        raise InputError(f"{path}: cannot read ({e.strerror or e})") from e
+        raise InputError(f"{path}: cannot read ({e.strerror or e}){fix}") from e
     except Exception as e:  # a damaged file can make a library raise anything
         why = " ".join(str(e).split())
         raise InputError(f"{path}: not {expected}: {why:.900}{fix}") from e
@@ -102,7 +102,8 @@ def atomic(path):
             for file in (f for f in [tmp, *tmp.rglob("*")] if f.is_file()):
                 with open(file, "rb+") as f:
                     os.fsync(f.fileno())  # a rename must not reach the disk before the content
-            os.replace(tmp, path)
+            if not (tmp.is_dir() and path.is_dir()):  # else another process was faster
+                os.replace(tmp, path)
         finally:
             delete(tmp)
     except OSError as e:
@@ -218,6 +219,7 @@ def write_safetensors(path, tensors, meta=None):
 
 # ---------------------------------------------------------------------------------- configuration
 TEACHERS = "all-MiniLM-L6-v2, all-distilroberta-v1, paraphrase-MiniLM-L12-v2"  # that work
+# A new one goes here, into pool() and, for other programs, write_extras() and write_onnx().
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len")
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -527,8 +529,8 @@ def pool(x, mask, how):
         return x[:, 0]
     if how == "max":
         return x.masked_fill(m == 0, -math.inf).amax(1)
-    n = m.sum(1).clamp(min=1)
-    return (x * m).sum(1) / (n if how == "mean" else n.sqrt())
+    total, n = (x * m).sum(1), m.sum(1).clamp(min=1)  # (N, H), (N, 1)
+    return {"mean": total / n, "mean_sqrt_len": total / n.sqrt()}[how]
 
 
 # ------------------------------------------------------------------------------------ the encoder
@@ -661,6 +663,9 @@ class Encoder(nn.Module):
         Path(folder, "config.json").write_text(text, "utf-8")
         Path(folder, "tokenizer.json").write_text(self.tokenizer.to_str(), "utf-8")
         tensors = narrow(to_hf(self.state_dict()), weights)
+        for name, t in tensors.items():
+            finite = not t.is_floating_point() or torch.isfinite(t).all()
+            need(finite, f"{folder}: {name} holds values that are not finite in {weights}")
         write_safetensors(Path(folder, "model.safetensors"), tensors)
 
 
@@ -896,10 +901,9 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
         state |= {f"dense.{i}.{k}": v for k, v in read_safetensors(file, torch.float32)[0].items()}
     config = read_config(root, pad_id, {k: tuple(v.shape) for k, v in state.items()})
     config = replace(config, dropout=dropout, max_seq_length=min(config.max_seq_length, max_tokens))
-    V, pieces = config.vocab_size, tokenizer.get_vocab_size()
-    few = f"{pieces} pieces, but the word table has {V} rows; not of one model"
-    fits = pieces <= V and tokenizer.id_to_token(V) is None and max(tokenizer.encode("").ids) < V
-    need(fits, f"{body / 'tokenizer.json'}: {few}")
+    V, largest = config.vocab_size, max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
+    few = f"token ids up to {largest}, but the word table has {V} rows; not of one model"
+    need(largest < V, f"{body / 'tokenizer.json'}: {few}")
     with torch.device("meta"):  # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, kind)
         if "embeddings.word.scale" in state:
@@ -1096,10 +1100,11 @@ def model_card(model, source, name, weights, onnx, plain):
             shown = ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
             made = f"Spearman x 100: {shown}; mean {sum(scores.values()) / len(scores):.1f}.\n\n"
         given, git = results["arguments"], results["git"] or "unknown"
-        made += f"Teacher: {(given['teacher'] or ['built in'])[0]}; "
-        made += f"assistant: {(given['assistant'] or ['made of the teacher'])[0]}; "
-        files = [name for name, _ in given["train"] + given["extra"]]
-        made += f"data: {', '.join(files) or 'built in'}; seed {given['seed']}; code: {git}.\n"
+        teacher = given["teacher"] or ["built in"]  # [name, fingerprint]
+        assistant = given["assistant"] or ["made of the teacher"]
+        files = ", ".join(name for name, _ in given["train"] + given["extra"]) or "built in"
+        made += f"Teacher: {teacher[0]}; assistant: {assistant[0]}; data: {files}; "
+        made += f"seed {given['seed']}; code: {git}.\n"
     trust = "" if plain else ", trust_remote_code=True"
     uses = f"""from sentence_transformers import SentenceTransformer
 SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])
@@ -1167,9 +1172,9 @@ def read_texts(path):
     """The lines of a UTF-8 text file or, for "-", of standard input."""
     with reading(path, "UTF-8 text", "; convert it with iconv"):
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = raw.decode("utf-8-sig").removesuffix("\n")
+        text = raw.decode("utf-8-sig")
     need(text, f"{path}: no lines to read")
-    return [line.removesuffix("\r") for line in text.split("\n")]
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def meter(what, say=lambda text: print(text, file=sys.stderr)):

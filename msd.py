@@ -186,6 +186,7 @@ def principal_directions(E, B, counts=None):
     """
     W = torch.ones(len(E)) if counts is None else torch.from_numpy(counts) ** 0.75
     gram = E.T @ (E * W.to(E)[:, None])  # (H, H): its eigenvectors are E's right singular vectors
+    need(torch.isfinite(gram).all(), "the assistant's word table is damaged: it is not finite")
     return torch.linalg.eigh(gram.double())[1][:, -B:].to(E)
 
 

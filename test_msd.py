@@ -822,6 +822,24 @@ def test_corpus_store(tmp_path, tokenizer):
     assert not list((tmp_path / "cache").glob(".*"))
 
 
+def test_two_builders_of_one_corpus(tmp_path, monkeypatch):
+    """Runs side by side share a cache: the slower builder of an entry takes the faster one's."""
+    file, cache = write(tmp_path / "en-de.tsv", "a man\tein Mann\n"), tmp_path / "cache"
+    real = data._write_corpus
+
+    def slow(*args):
+        monkeypatch.setattr(data, "_write_corpus", real)
+        monkeypatch.setattr(os, "getpid", lambda: 1)  # in the meantime, another process
+        first.append(data.build_corpus([file], cache))
+        real(*args)
+
+    first = []
+    monkeypatch.setattr(data, "_write_corpus", slow)
+    second = data.build_corpus([file], cache)
+    assert second.texts([0, 1]) == first[0].texts([0, 1])
+    assert not list(cache.glob(".*"))
+
+
 def test_batches_cover_every_pair_once_and_repeat():
     lengths = np.random.default_rng(0).integers(5, 50, 1000)
     batches = data.batch_order(lengths, 16, [0, 1, 0])
@@ -1332,7 +1350,7 @@ def test_vocabulary_larger_than_the_table(tokenizer, tmp_path):
     bigger = json.loads(tokenizer.to_str())
     bigger["model"]["vocab"]["zzz"] = len(tokenizer.get_vocab())
     write(tmp_path / "m" / "tokenizer.json", json.dumps(bigger))
-    with pytest.raises(M.InputError, match="pieces, but the word table has"):
+    with pytest.raises(M.InputError, match="token ids up to .* but the word table has"):
         M.load(tmp_path / "m")
 
 
