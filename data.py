@@ -372,7 +372,7 @@ FAIR_SAMPLE = 1_000_000  # sentences are numbered by their hash: the first ones 
 
 def vocabulary(corpus, size, lower_case, cache):
     """The tokenizer that train_tokenizer learns from a corpus, made once."""
-    path = Path(cache) / f"vocabulary-{digest(3, corpus.key, size, lower_case)}.json"
+    path = Path(cache) / f"vocabulary-{digest(4, corpus.key, size, lower_case)}.json"
     if not path.exists():
         parts = range(0, min(len(corpus.first), FAIR_SAMPLE), 10000)
         texts = (t for i in parts for t in corpus.texts(slice(i, i + 10000)))
@@ -391,7 +391,7 @@ def train_tokenizer(texts, size, lower_case):
     by the order of a hash table, and a run must repeat.
     """
     steps = [normalizers.NFKC(), normalizers.Lowercase()]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(steps if lower_case else steps[:1])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()

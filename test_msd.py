@@ -1847,7 +1847,7 @@ except M.InputError as e:
         (["--stages", "2-4"], "needs --assistant"),
         (["--stages", "2", "--bottleneck", "0"], "needs a bottleneck"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
-        (["--epochs", "1,2"], "one value, or four"),
+        (["--epochs", "1,2"], "one value, or 4 with commas"),
         (["--init", "svdd"], "argument --init: invalid choice: 'svdd'"),
         (["--train", "nowhere*.tsv", "--teacher", "x"], "--train nowhere*.tsv: no such file"),
         (["--teacher", "x"], "needs both"),
