@@ -184,10 +184,15 @@ def principal_directions(E, B, counts=None):
     By counts (V,) ** 3/4 frequent pieces are kept best, but full stops do not crowd out what
     carries meaning. Measured: results/README.md.
     """
-    W = torch.ones(len(E)) if counts is None else torch.from_numpy(counts) ** 0.75
-    gram = E.T @ (E * W.to(E)[:, None])  # (H, H): its eigenvectors are E's right singular vectors
+    # Eigenvectors of E'WE, (H, H), summed in float64: a product in float32 moves with the memory's
+    # alignment, and a run must repeat.
+    weights = torch.ones(len(E)) if counts is None else torch.from_numpy(counts) ** 0.75
+    gram = torch.zeros(E.shape[1], E.shape[1], dtype=torch.float64, device=E.device)
+    for rows, w in zip(E.split(16384), weights.to(E.device).double().split(16384)):
+        rows = rows.double()
+        gram += rows.T @ (rows * w[:, None])
     need(torch.isfinite(gram).all(), "the assistant's word table is damaged: it is not finite")
-    return torch.linalg.eigh(gram.double())[1][:, -B:].to(E)
+    return torch.linalg.eigh(gram)[1][:, -B:].float()
 
 
 # ------------------------------------------------------------------------ how an assistant begins
