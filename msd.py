@@ -91,7 +91,7 @@ class Preset:
     """Sizes and schedule of a run; each field is a flag of train.py. Tuples hold stages 1 to 4."""
 
     bottleneck: int  # B; 0 keeps the full word table and skips stage 2
-    layers: int  # K, the assistant's first
+    layers: tuple  # the K of the assistant's to start from, by number; the paper's are the first
     recurrence: int  # R; the paper keeps K x R at the assistant's depth
     lr: tuple = (16e-5, 16e-5, 16e-5, 16e-5)  # peak learning rates
     batch: tuple = (64, 128, 64, 64)  # pairs a step
@@ -105,10 +105,10 @@ class Preset:
 
 
 PRESETS = {
-    "xlmr": Preset(128, 3, 4, lr=(16e-5, 16e-5, 8e-5, 16e-5)),
-    "minilm": Preset(128, 6, 2, batch=(64, 256, 64, 64)),
+    "xlmr": Preset(128, (1, 2, 3), 4, lr=(16e-5, 16e-5, 8e-5, 16e-5)),
+    "minilm": Preset(128, (1, 2, 3, 4, 5, 6), 2, batch=(64, 256, 64, 64)),
     "demo": Preset(
-        12, 2, 2, (2e-3, 4e-3, 2e-3, 2e-3), epochs=(0.25, 1, 0.12, 0.18), dropout=0, vocab=4000
+        12, (1, 2), 2, (2e-3, 4e-3, 2e-3, 2e-3), epochs=(0.25, 1, 0.12, 0.18), dropout=0, vocab=4000
     ),
 }
 # Common to all, as in the paper.
@@ -120,10 +120,11 @@ CLIP = 1.0  # largest gradient norm
 ALIGNED_PAIRS = 300_000
 
 
-def check_sizes(c, B, K, R):
+def check_sizes(c, B, layers, R):
     """Raises: InputError where an assistant of Config c cannot give a student of these sizes."""
     H, depth = c.hidden_size, c.num_hidden_layers
-    need(1 <= K <= depth, f"--layers {K}: expected 1 to {depth}, the assistant's")
+    has, given = all(1 <= k <= depth for k in layers), ",".join(map(str, layers))
+    need(layers and has, f"--layers {given}: expected numbers from 1 to {depth}, the assistant's")
     size = f"expected 0, for none, or up to {H - 1}, as hidden_size is {H}"
     need(0 <= B < H, f"--bottleneck {B}: {size}")
     need(R >= 1, f"--recurrence {R}: expected 1 or more")
@@ -146,9 +147,11 @@ def init_weights(model, generator, std=0.02):
 
 
 @torch.no_grad()
-def make_student(assistant, B, K, R, init="text", seed=0, counts=None):
-    """The student before stage 2: a new embedding block, the assistant's first K layers, R times.
+def make_student(assistant, B, layers, R, init="text", seed=0, counts=None):
+    """The student before stage 2: a new embedding block and K of the assistant's layers, R times.
 
+    layers: their numbers, from 1; in the paper 1 to K. Of a deep assistant's few, the last should
+    be one: without it a student begins far away. Measured: results/README.md.
     Without a bottleneck (B = 0) it keeps the assistant's table, and stage 3 is its first.
     init: "text" starts the bottleneck from the truncated SVD of the assistant's word table, its
     rows weighted by how often a piece occurs, counts (V,), to the power 3/4, or alike without
@@ -157,11 +160,12 @@ def make_student(assistant, B, K, R, init="text", seed=0, counts=None):
     Raises: InputError for sizes that do not fit.
     """
     c = assistant.config
-    check_sizes(c, B, K, R)
-    sizes = replace(c, bottleneck_size=B, num_hidden_layers=K, recurrence=R)
+    check_sizes(c, B, layers, R)
+    sizes = replace(c, bottleneck_size=B, num_hidden_layers=len(layers), recurrence=R)
     student = Encoder(sizes, assistant.tokenizer, assistant.dtype)
     init_weights(student, torch.Generator().manual_seed(seed)).to(assistant.device)
-    student.layers.load_state_dict(assistant.layers[:K].state_dict())
+    for layer, k in zip(student.layers, layers):
+        layer.load_state_dict(assistant.layers[k - 1].state_dict())
     student.dense.load_state_dict(assistant.dense.state_dict())
     ours, theirs = student.embeddings, assistant.embeddings
     if B and init == "paper":

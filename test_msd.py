@@ -295,7 +295,8 @@ def test_parity_with_the_authors(kind, tmp_path):
         fixture["student_layers"],
         fixture["recurrence"],
     )
-    bare = msd.make_student(A, 0, fixture["student_layers"], fixture["recurrence"])
+    first = range(1, fixture["student_layers"] + 1)
+    bare = msd.make_student(A, 0, first, fixture["recurrence"])
     bare.train()
     texts = {"en": fixture["texts_en"], "mul": fixture["texts_mul"]}
     sides = {k: batch(A, v) for k, v in texts.items()}
@@ -455,7 +456,7 @@ def test_sizes_to_the_unit(config, embedding, layers, total):
 # ------------------------------------------------------------------------ students and assistants
 def test_student_start(tokenizer):
     A = tiny(tokenizer)
-    S = msd.make_student(A, 8, 2, 3)
+    S = msd.make_student(A, 8, (1, 2), 3)
     assert (S.config.bottleneck_size, S.config.num_hidden_layers, S.config.recurrence) == (8, 2, 3)
     for l in range(2):
         assert all(
@@ -469,7 +470,7 @@ def test_student_start(tokenizer):
     )  # Eckart-Young: nothing is closer
     counts = 10000 // np.arange(1, len(E) + 1)
     W, root = (
-        msd.make_student(A, 8, 2, 3, counts=counts),
+        msd.make_student(A, 8, (1, 2), 3, counts=counts),
         torch.tensor(counts)[:, None] ** (3 / 8),
     )
     tail = torch.linalg.svdvals(root * E)[8:].norm()  # the same, rows weighted by count ** 3/4
@@ -481,13 +482,16 @@ def test_student_start(tokenizer):
     ).norm() > 1.01 * tail
     for part in ("position", "token_type", "norm"):
         assert torch.equal(getattr(S.embeddings, part).weight, getattr(A.embeddings, part).weight)
-    noise = msd.make_student(A, 8, 2, 3, init="paper")
+    noise = msd.make_student(A, 8, (1, 2), 3, init="paper")
     assert not torch.equal(
         noise.embeddings.position.weight, A.embeddings.position.weight
     ) and torch.all(noise.embeddings.norm.weight == 1)
-    full = msd.make_student(A, 0, 4, 1)
+    full = msd.make_student(A, 0, (1, 2, 3, 4), 1)
     assert np.abs(full.encode(TEXTS) - A.encode(TEXTS)).max() < 1e-6
-    for bad in ((8, 5, 1), (32, 2, 1), (8, 0, 1), (8, 2, 0)):
+    chosen = msd.make_student(A, 8, (1, 4), 3)  # not the paper's: which layers, by number
+    for mine, k in zip(chosen.layers, (0, 3), strict=True):
+        assert all(map(torch.equal, mine.parameters(), A.layers[k].parameters()))
+    for bad in ((8, (1, 5), 1), (32, (1,), 1), (8, (), 1), (8, (0,), 1), (8, (1, 2), 0)):
         with pytest.raises(M.InputError):
             msd.make_student(A, *bad)
 
@@ -1658,8 +1662,8 @@ def test_presets_and_schedule():
     """The authors' configuration, literally, but the bottleneck's start; warm-up over 10 % of the
     steps, then linear to 0."""
     for name, sizes, lr, batches in (
-        ("xlmr", (128, 3, 4), (16e-5, 16e-5, 8e-5, 16e-5), (64, 128, 64, 64)),
-        ("minilm", (128, 6, 2), (16e-5,) * 4, (64, 256, 64, 64)),
+        ("xlmr", (128, (1, 2, 3), 4), (16e-5, 16e-5, 8e-5, 16e-5), (64, 128, 64, 64)),
+        ("minilm", (128, (1, 2, 3, 4, 5, 6), 2), (16e-5,) * 4, (64, 256, 64, 64)),
     ):
         p = msd.PRESETS[name]
         assert (
@@ -1853,10 +1857,11 @@ except M.InputError as e:
         (["--teacher", "x"], "needs both"),
         (["--dropout", "1.5"], "1.5: expected 0 or more, less than 1"),
         (["--seed", "x"], "invalid int value: 'x'"),
-        (["--layers", "0"], "argument --layers: 0: expected 1 or more"),
+        (["--layers", "0"], "argument --layers: '0': expected 1 or more"),
+        (["--layers", "1,"], "argument --layers: '1,': expected 1 or more, or numbers"),
         (["--device", "nonsense"], "is not usable here"),
         (["--device", "mps"], "is not usable here"),
-        (["--layers", "9"], "--layers 9: expected 1 to 4"),
+        (["--layers", "9"], "--layers 1,2,3,4,5,6,7,8,9: expected numbers from 1 to 4"),
         (["--stages", "2-4", "--assistant", "nowhere"], "nowhere: no such model directory"),
     ],
 )
@@ -2238,7 +2243,7 @@ def students(tokenizer, tmp_path_factory):
         m = tiny(cased, std=0.1, model_type=kind, **sizes, **changes)
         for p in (p for n, p in m.named_parameters() if n.endswith("bias")):
             p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(p)))
-        msd.make_student(m, 32, 2, 2).save(root / name)
+        msd.make_student(m, 32, (1, 2), 2).save(root / name)
     return {name: root / name for name in STUDENTS}
 
 
@@ -2608,7 +2613,7 @@ def test_dense_and_prompt(folder, tmp_path):
     assert not np.allclose(got.encode(TEXTS[:3], prompt=""), got.encode(TEXTS[:3]))
     got.save(tmp_path / "ours")  # and from our own files
     assert np.array_equal(M.load(tmp_path / "ours", "float32").encode(TEXTS), got.encode(TEXTS))
-    student = msd.make_student(got, 8, 2, 2)
+    student = msd.make_student(got, 8, (1, 2), 2)
     assert student.config.width == 8 and M.ledger(student.config)["other"] == 32 * 24 + 24 + 24 * 8
     assert all(
         torch.equal(a, b) for a, b in zip(student.dense.parameters(), got.dense.parameters())

@@ -72,6 +72,14 @@ def stages(text):
     return sorted(wanted)
 
 
+def layers(text):
+    """A type for argparse: 3 -> (1, 2, 3), the first three layers; 1,6,12 -> those."""
+    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more, or numbers, as 1,6,12")
+    numbers = tuple(map(int, text.split(",")))
+    return numbers if len(numbers) > 1 else tuple(range(1, numbers[0] + 1))
+
+
 def parser():
     """Every flag there is. Those that a preset sets are None here; parse() fills them in."""
     raw, here = argparse.RawDescriptionHelpFormatter, "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,7 +96,7 @@ def parser():
     add = ap.add_argument_group("sizes").add_argument
     add("--preset", choices=msd.PRESETS, help="demo without --train, minilm with it")
     add("--bottleneck", type=number(int, 0), help="B, width of the word table; 0: full, no stage 2")
-    add("--layers", type=number(int, 1), help="K, unique layers; fewer is smaller, not faster")
+    add("--layers", type=layers, help="K, unique layers, the assistant's first; or which: 1,6,12")
     add("--recurrence", type=number(int, 1, 1000), help="R, times they run; speed follows K x R")
     add("--vocab", type=number(int, 100), help="pieces learnt here; more helps across languages")
     add("--keep-vocab", type=number(int, 1), help="pieces of --assistant to keep, most used first")
