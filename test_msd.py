@@ -943,6 +943,26 @@ def test_table_again_without_the_stages(world, finished, tmp_path, capsys):
     assert again["student, stage 4"] == first["student, stage 4"]
 
 
+def test_seeds_share_their_assistants_scores(world, finished, tmp_path, capsys, monkeypatch):
+    """A row is computed once for each model; another model in the same place has its own."""
+    scored, real = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a: scored.append(1) or real(*a))
+    given, file = tmp_path / "given", tmp_path / "given" / "model.safetensors"
+    shutil.copytree(world / "whole" / "assistant", given)
+    flags = ["--stages", "4", "--assistant", given, "--cache", tmp_path / "cache", "--seed"]
+    rows = []
+    for i, seed, new in ((0, 1, 4), (1, 2, 1), (2, 2, 3)):  # teacher, assistant, two students
+        if i == 2:
+            tensors, _ = M.read_safetensors(file, torch.float32, copy=True)
+            M.write_safetensors(file, {k: 1.5 * t for k, t in tensors.items()})
+        scored.clear()
+        run_here(capsys, command(world, tmp_path / f"run{i}", *flags, seed))
+        assert len(scored) == new
+        rows.append(json.loads((tmp_path / f"run{i}" / "results.json").read_text())["rows"])
+    assert rows[0]["assistant"] == rows[1]["assistant"] != rows[2]["assistant"]
+    assert rows[0]["student, stage 4"] != rows[1]["student, stage 4"]
+
+
 def test_sts_files(tmp_path):
     write(tmp_path / "STS.en-de.txt", "a\tb\t0\nc\td\t5.0\n")
     write(tmp_path / "stsb-dev.txt", "no pair of languages")

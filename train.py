@@ -834,13 +834,13 @@ def finish(run, models):
     """Read the test sets, once, for models {row: folder}; write results.json, print, clear up."""
     dev, rows, cosines = run.dev.by_language() if run.dev else {}, {}, {}
     teacher, last = run.load(models["teacher"]), list(models)[-1]
-    goal = {k: teacher.encode(english, normalize=False) for k, (english, _) in dev.items()}
+    goals = {k: teacher.encode(english, normalize=False) for k, (english, _) in dev.items()}
     for label, folder in models.items():
-        model, begun, sets, pairs = run.load(folder), time.monotonic(), run.sts, dev
+        begun, sets, pairs = time.monotonic(), run.sts, dev
         if label == "teacher":  # it knows English alone
             sets, pairs = {k: v for k, v in sets.items() if k == "en-en"}, {}
-        rows[label], cosines[label] = evaluate(model, sets, pairs, goal)
-        rows[label]["sizes"] = M.ledger(model.config)
+        key = M.fingerprint(folder), M.fingerprint(models["teacher"]), list(sets), list(pairs)
+        rows[label], cosines[label] = scores_of(run, folder, key, sets, pairs, goals)
         run.say(f"evaluated {label} ({time.monotonic() - begun:.0f} s)")
     compared = run.sts and last != "assistant"
     git = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
@@ -860,6 +860,21 @@ def finish(run, models):
     if not run.args.keep:
         M.delete(run.out / "stages")
     run.say(table(results))
+
+
+def scores_of(run, folder, key, sets, dev, goals):
+    """evaluate() of the model in a folder, made once: runs of several seeds share an assistant."""
+    given = [run.identity[k] for k in ("sts", "dev", "max_chars", "max_tokens", "dtype")]
+    file = Path(run.args.cache, f"scores-{M.digest(1, *key, *given)}.json")
+    if not file.exists():
+        model = run.load(folder)
+        row, cosines = evaluate(model, sets, dev, goals)
+        row["sizes"] = M.ledger(model.config)
+        with M.atomic(file) as tmp:
+            tmp.write_text(json.dumps([row, {k: c.tolist() for k, c in cosines.items()}]), "utf-8")
+    with M.reading(file, "a whole cache entry", "; delete it and run again"):
+        row, cosines = M.read_json(file, list)
+        return row, {k: np.array(c) for k, c in cosines.items()}
 
 
 def table(results):
