@@ -394,7 +394,18 @@ def _read_pooling(file):
 
 
 # ----------------------------------------------------------------------------------------- layers
-class Linear(nn.Linear):
+class Narrow:
+    """A module whose weight (m, n) may be int8, beside a float32 scale (m,): it widens in use."""
+
+    def narrow(self):
+        """Make room for int8 rows, in buffers: parameters must be floating."""
+        size = self.weight.shape
+        del self.weight
+        self.register_buffer("weight", torch.empty(size, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(size[0]))
+
+
+class Linear(Narrow, nn.Linear):
     """A linear map whose weights follow the dtype of its input, then an activation.
 
     Master weights stay float32 and are cast once a call: autocast does the same with more copies,
@@ -403,6 +414,8 @@ class Linear(nn.Linear):
 
     def forward(self, x, activation="identity"):
         weight = self.weight.to(x.dtype)
+        if hasattr(self, "scale"):
+            weight = weight * self.scale.to(x.dtype)[:, None]
         bias = None if self.bias is None else self.bias.to(x.dtype)
         fused = {"identity": "none", "gelu": "gelu"}.get(activation)
         if fused and not torch.is_grad_enabled() and has_onednn(x.device.type, x.dtype):
@@ -426,16 +439,7 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-class WordTable(nn.Embedding):
-    """(V, B or H). Of int8, a float32 scale (V,) stands beside it: rows widen as they are read."""
-
-    def narrow(self):
-        """Make room for int8 rows, in buffers: parameters must be floating."""
-        size = self.weight.shape
-        del self.weight
-        self.register_buffer("weight", torch.empty(size, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty(size[0]))
-
+class Table(Narrow, nn.Embedding):
     def forward(self, ids):
         rows = super().forward(ids)
         return rows * self.scale[ids][..., None] if hasattr(self, "scale") else rows
@@ -450,10 +454,10 @@ class Embeddings(nn.Module):
         width = c.bottleneck_size or H
         # At zero, as all is set later: a random start, on meta, imports a second's worth of torch
         words, positions, types = c.vocab_size, c.max_position_embeddings, c.type_vocab_size
-        self.word = WordTable.from_pretrained(torch.zeros(words, width), False, c.pad_token_id)
+        self.word = Table.from_pretrained(torch.zeros(words, width), False, c.pad_token_id)
         self.project = Linear(width, H, bias=False) if c.bottleneck_size else None
-        self.position = nn.Embedding.from_pretrained(torch.zeros(positions, H), False)
-        self.token_type = nn.Embedding.from_pretrained(torch.zeros(types, H), False)
+        self.position = Table.from_pretrained(torch.zeros(positions, H), False)
+        self.token_type = Table.from_pretrained(torch.zeros(types, H), False)
         self.norm = LayerNorm(H, eps=c.layer_norm_eps)
 
     def forward(self, ids, dtype):  # ids (N, T)
@@ -465,8 +469,8 @@ class Embeddings(nn.Module):
             position = real.cumsum(1) * real + c.pad_token_id  # (N, T)
         x = self.word(ids).to(dtype)  # (N, T, B or H)
         x = self.project(x) if self.project is not None else x  # (N, T, H)
-        # Token type 0 everywhere: a sentence is one segment.
-        x = x + (self.position(position) + self.token_type.weight[0]).to(dtype)
+        one = torch.zeros_like(position[..., :1])  # token type 0: a sentence is one segment
+        x = x + (self.position(position) + self.token_type(one)).to(dtype)
         return F.dropout(self.norm(x), c.dropout, self.training)
 
 
@@ -515,11 +519,10 @@ class Dense(nn.Module):
 
     def __init__(self, in_features, out_features, activation, bias):
         super().__init__()
-        self.linear = nn.Linear(in_features, out_features, bias)
-        self.activation = ACTIVATIONS[activation]
+        self.linear, self.activation = Linear(in_features, out_features, bias), activation
 
     def forward(self, x):  # (N, H) -> (N, out_features), in float32
-        return self.activation(F.linear(x, *(p.float() for p in self.linear.parameters())))
+        return self.linear(x, self.activation)
 
 
 def pool(x, mask, how):
@@ -768,15 +771,6 @@ def narrow(tensors, weights):
     return out
 
 
-def widen(tensors):
-    """The inverse of narrow() for all but the word table, which stays as it is."""
-    scales = [n for n in tensors if n.endswith(".scale") and "word_embeddings." not in n]
-    for name in scales:
-        weight = f"{name.removesuffix('scale')}weight"
-        tensors[weight] = tensors[weight] * tensors.pop(name)[:, None]
-    return tensors
-
-
 def find_body(tensors, place):
     """An encoder's tensors, by Hugging Face's names, in those of a checkpoint; heads left out.
 
@@ -827,8 +821,10 @@ def read_weights(folder, to=None, copy=False):
             rows = t.dtype == torch.int8 and t.dim() == 2 and scale.shape == t.shape[:1]
             kinds = "a floating one, or int8 rows with a scale each"
             need(rows or t.is_floating_point(), f"{name} has dtype {t.dtype}, expected {kinds}")
+            alone = name.endswith(".scale") and f"{name.removesuffix('scale')}weight" not in tensors
+            need(not alone, f"{name} is there without its weight")
         need(TABLE in tensors and tensors[TABLE].dim() == 2, f"no 2-dimensional {TABLE}")
-        return from_hf(widen(tensors))
+        return from_hf(tensors)
 
 
 def must_exist(file, opener, folder):
@@ -906,10 +902,11 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     need(largest < V, f"{body / 'tokenizer.json'}: {few}")
     with torch.device("meta"):  # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, kind)
-        if "embeddings.word.scale" in state:
-            better = "train the float32 model that it was made of"
-            need(not train, f"{body}: int8 weights cannot be trained; {better}")
-            model.embeddings.word.narrow()
+        for name, m in model.named_modules():
+            if f"{name}.scale" in state:
+                better = "train the float32 model that it was made of"
+                need(not train, f"{body}: int8 weights cannot be trained; {better}")
+                m.narrow()
     with reading(body / "model.safetensors", "the weights that config.json describes"):
         model.load_state_dict(state, assign=True)  # lists what is missing, unexpected, misshapen
     return model.to(device).requires_grad_(train).train(train)
