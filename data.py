@@ -174,7 +174,8 @@ def read_sts(folder):
     Lines are sentence<TAB>sentence<TAB>score from 0 to 5.
     Raises: InputError at any bad line, with file, number and value.
     """
-    sets, folder = {}, Path(folder)
+    sets = {}
+    folder = Path(folder)
     named = re.compile(r"(?:^|[._])([a-z]{2,3}-[a-z]{2,3})\.(txt|tsv)(\.gz)?$")
     for path in sorted(folder.glob("*")) if folder.is_dir() else []:
         if not (m := named.search(path.name)):
@@ -215,7 +216,8 @@ class Corpus:
     """
 
     def __init__(self, folder):
-        self.folder, self.key = Path(folder), Path(folder).name
+        self.folder = Path(folder)
+        self.key = self.folder.name
         for name in ("text", "starts", "pairs", "group", "line", "first"):
             setattr(self, name, open_array(self.folder / f"{name}.npy"))
         self.report = read_json(self.folder / "report.json")["files"]

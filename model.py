@@ -174,7 +174,8 @@ def read_safetensors(path, to=None, copy=False):
         )
         header = json.loads(data[8:body].decode("utf-8"))
         need(isinstance(header, dict), "the header is no JSON object")
-        meta, tensors, at = header.pop("__metadata__", {}), {}, 0
+        meta = header.pop("__metadata__", {})
+        tensors, at = {}, 0
         # A header is not to be trusted: each tensor must begin where the one before it ended.
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind, shape = DTYPES.get(entry["dtype"]), entry["shape"]
@@ -203,9 +204,11 @@ def write_safetensors(path, tensors, meta=None):
     names = {v: k for k, v in DTYPES.items()}
     # Widest dtypes first keeps every tensor aligned to its own item size; names break ties.
     order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))
-    header, offset = {"__metadata__": {"format": "pt", **(meta or {})}}, 0
+    header = {"__metadata__": {"format": "pt", **(meta or {})}}
+    offset = 0
     for name in order:
-        t, span = tensors[name], [offset, offset + tensors[name].nbytes]
+        t = tensors[name]
+        span = [offset, offset + t.nbytes]
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": span}
         offset = span[1]
     text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
@@ -304,13 +307,12 @@ def read_config(root, pad_id, shapes):
     check(same, "bottleneck_size", f"{B}, the width of the word table in the weights")
     # The authors' students keep the assistant's config.json: their K x R is its number of layers.
     # Without their bottleneck, fewer layers than config.json says are a damaged file.
-    depth, K = (
-        raw["num_hidden_layers"],
-        len({k.split(".")[1] for k in shapes if k.startswith("layers.")}),
-    )
+    depth = raw["num_hidden_layers"]
+    K = len({k.split(".")[1] for k in shapes if k.startswith("layers.")})
     unsaid = "recurrence" not in said and B and K and depth % K == 0
     check(K == depth or unsaid, "num_hidden_layers", f"{K}, the layers in the weights")
-    R, positions = depth // K if unsaid else raw["recurrence"], raw["max_position_embeddings"]
+    R = depth // K if unsaid else raw["recurrence"]
+    positions = raw["max_position_embeddings"]
     P = shapes.get("embeddings.position.weight", [positions])[0]
     if P != positions:
         note(f"{file}: {positions} positions, the table in the weights has {P}")
@@ -395,7 +397,10 @@ def _read_pooling(file):
 
 # ----------------------------------------------------------------------------------------- layers
 class Narrow:
-    """A module whose weight (m, n) may be int8, beside a float32 scale (m,): it widens in use."""
+    """A module whose weight (m, n) may be int8, with a scale (m,) beside it.
+
+    It stays so in memory and widens in use: a matrix in each call, of a table the rows looked up.
+    """
 
     def narrow(self):
         """Make room for int8 rows, in buffers: parameters must be floating."""
@@ -413,9 +418,8 @@ class Linear(Narrow, nn.Linear):
     """
 
     def forward(self, x, activation="identity"):
-        weight = self.weight.to(x.dtype)
-        if hasattr(self, "scale"):
-            weight = weight * self.scale.to(x.dtype)[:, None]
+        weight = self.weight * self.scale[:, None] if hasattr(self, "scale") else self.weight
+        weight = weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         fused = {"identity": "none", "gelu": "gelu"}.get(activation)
         if fused and not torch.is_grad_enabled() and has_onednn(x.device.type, x.dtype):
@@ -450,7 +454,8 @@ class Embeddings(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config, H = c, c.hidden_size
+        self.config = c
+        H = c.hidden_size
         width = c.bottleneck_size or H
         # At zero, as all is set later: a random start, on meta, imports a second's worth of torch
         words, positions, types = c.vocab_size, c.max_position_embeddings, c.type_vocab_size
@@ -469,8 +474,8 @@ class Embeddings(nn.Module):
             position = real.cumsum(1) * real + c.pad_token_id  # (N, T)
         x = self.word(ids).to(dtype)  # (N, T, B or H)
         x = self.project(x) if self.project is not None else x  # (N, T, H)
-        one = torch.zeros_like(position[..., :1])  # token type 0: a sentence is one segment
-        x = x + (self.position(position) + self.token_type(one)).to(dtype)
+        first = ids.new_zeros(1)  # token type 0 everywhere: a sentence is one segment
+        x = x + (self.position(position) + self.token_type(first)).to(dtype)
         return F.dropout(self.norm(x), c.dropout, self.training)
 
 
@@ -492,7 +497,8 @@ class Layer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config, H, eps = c, c.hidden_size, c.layer_norm_eps
+        self.config = c
+        H, eps = c.hidden_size, c.layer_norm_eps
         self.qkv, self.out = Linear(H, 3 * H), Linear(H, H)
         self.norm1 = LayerNorm(H, eps=eps)
         self.up, self.down = Linear(H, c.intermediate_size), Linear(c.intermediate_size, H)
@@ -519,7 +525,8 @@ class Dense(nn.Module):
 
     def __init__(self, in_features, out_features, activation, bias):
         super().__init__()
-        self.linear, self.activation = Linear(in_features, out_features, bias), activation
+        self.linear = Linear(in_features, out_features, bias)
+        self.activation = activation
 
     def forward(self, x):  # (N, H) -> (N, out_features), in float32
         return self.linear(x, self.activation)
@@ -555,6 +562,11 @@ class Encoder(nn.Module):
     @property
     def device(self):
         return self.embeddings.word.weight.device
+
+    @property
+    def int8(self):
+        """Are any of its weights int8? They cannot be trained, nor exported again."""
+        return any(hasattr(m, "scale") for m in self.modules())
 
     def hidden(self, ids, mask, layers=True):
         """ids, mask (N, T) -> (N, T, H). layers=False stops after the embedding block (stage 2)."""
@@ -610,13 +622,15 @@ class Encoder(nn.Module):
         stays bounded. The budget is measured: on a CPU the activations should stay in its cache,
         a GPU wants to be filled. progress: called with (done, all). most: sentences at once.
         """
-        was_training, lengths = self.training, np.diff(starts)
+        lengths = np.diff(starts)
+        was_training = self.training
         self.eval()
         on_cpu = 2048 if self.dtype == torch.bfloat16 else 1024
         budget = budget or (2**16 if self.device.type == "cuda" else on_cpu)
-        order, i = np.argsort(-lengths, kind="stable"), 0
+        order = np.argsort(-lengths, kind="stable")
         width = self.config.width if layers else self.config.hidden_size
         out = torch.empty(len(lengths), width, device=self.device)
+        i = 0
         while i < len(order):
             rows = order[i : i + max(1, min(most or len(order), budget // int(lengths[order[i]])))]
             out[put(rows, self.device)] = self(*self.batch(flat, starts, rows), layers)
@@ -761,7 +775,8 @@ def narrow(tensors, weights):
     int8: each matrix NAME.weight (m, n) is rounded, row by row, to 127 steps of its largest value;
     NAME.scale (m,) is a step in float32. What is int8 already stays so.
     """
-    out, kind = {}, torch.float16 if weights == "float16" else torch.float32
+    kind = torch.float16 if weights == "float16" else torch.float32
+    out = {}
     for name, t in tensors.items():
         if weights == "int8" and t.dim() == 2:
             scale = t.float().abs().amax(1).clamp(min=1e-12) / 127
@@ -805,7 +820,8 @@ def read_weights(folder, to=None, copy=False):
     or of no floating dtype.
     """
     folder = Path(folder)
-    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    files = [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
     if index.exists() and not files[0].exists():
         listed = read_json(index)
         with reading(index, "a weight_map from tensor names to files beside it"):
@@ -854,7 +870,8 @@ def read_tokenizer(folder):
         pad_id = next((i for i in ids if i is not None), None)
         need(pad_id is not None, f"no pad token (looked for {names}); batches need one")
         tokenizer.no_padding()
-        ends, fix = tokenizer.encode("").ids, "save it again with transformers"
+        ends = tokenizer.encode("").ids
+        fix = "save it again with transformers"
         need(len(ends) >= 2, f"its post_processor adds no start and end tokens; {fix}")
         need(pad_id not in ends, f"its pad token, id {pad_id}, is also its start or end token")
     return tokenizer, pad_id
@@ -897,13 +914,14 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
         state |= {f"dense.{i}.{k}": v for k, v in read_safetensors(file, torch.float32)[0].items()}
     config = read_config(root, pad_id, {k: tuple(v.shape) for k, v in state.items()})
     config = replace(config, dropout=dropout, max_seq_length=min(config.max_seq_length, max_tokens))
-    V, largest = config.vocab_size, max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
+    V = config.vocab_size
+    largest = max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
     few = f"token ids up to {largest}, but the word table has {V} rows; not of one model"
     need(largest < V, f"{body / 'tokenizer.json'}: {few}")
     with torch.device("meta"):  # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, kind)
         for name, m in model.named_modules():
-            if f"{name}.scale" in state:
+            if isinstance(m, Narrow) and f"{name}.scale" in state:
                 better = "train the float32 model that it was made of"
                 need(not train, f"{body}: int8 weights cannot be trained; {better}")
                 m.narrow()
@@ -925,8 +943,7 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
     need(not out.exists(), f"{out}: is there already; choose another folder, or delete it first")
     need(not plain or weights != "int8", "--plain: no other program reads our int8; take float16")
     model = load(source, "float32", "cpu")
-    int8 = hasattr(model.embeddings.word, "scale")
-    need(not int8, f"{source}: its weights are int8; export the float32 model it was made of")
+    need(not model.int8, f"{source}: its weights are int8; export the float32 model it was made of")
     dense = f"{source}: has a Dense module; other programs open it without --onnx and --plain"
     need(not model.config.dense or not (plain or onnx), dense)
     before = ledger(model.config)["total"]
@@ -939,7 +956,8 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
         (tmp / "README.md").write_text(card, "utf-8")
         if onnx:
             write_onnx(model, tmp / "onnx")
-    total, stored = ledger(model.config)["total"], (out / "model.safetensors").stat().st_size
+    total = ledger(model.config)["total"]
+    stored = (out / "model.safetensors").stat().st_size
     larger = f", {total / before:.1f} x those of {source.name}" if plain else ""
     return f"{out}: {total:,} parameters{larger}; weights {stored / 1e6:,.1f} MB"
 
@@ -995,7 +1013,8 @@ class SentenceEncoder(nn.Module):
 
     def __init__(self, encoder):
         super().__init__()
-        self.encoder, self.tokenizer = encoder.requires_grad_(), encoder.tokenizer
+        self.encoder = encoder.requires_grad_()
+        self.tokenizer = encoder.tokenizer
 
     @classmethod
     def load(cls, path, **options):
@@ -1018,7 +1037,10 @@ class SentenceEncoder(nn.Module):
         return {"input_ids": ids, "attention_mask": mask.long()}  # (N, T) each
 
     def forward(self, features, **_):
-        e, mask = self.encoder, features["attention_mask"].bool()
+        e = self.encoder
+        trains = self.training and torch.is_grad_enabled()
+        need(not (trains and e.int8), "int8 weights cannot be trained; train the float32 model")
+        mask = features["attention_mask"].bool()
         e.dtype = e.embeddings.norm.weight.dtype  # half() and bfloat16() are obeyed
         x = e.hidden(features["input_ids"], mask)  # (N, T, H)
         v = e.dense(pool(x, mask, e.config.pooling))
@@ -1086,7 +1108,8 @@ def write_onnx(model, folder):
 
 def model_card(model, source, name, weights, onnx, plain):
     """README.md for a hub; scores and origin are in results.json beside the folder `source`."""
-    c, languages, made = model.config, ["multilingual"], ""
+    c = model.config
+    languages, made = ["multilingual"], ""
     with contextlib.suppress(InputError), reading(source, "of a run"):  # the file may be anybody's
         results = read_json(source.parent / "results.json")
         row = [v for k, v in results["rows"].items() if k.split(",")[0] == source.name][-1]
@@ -1096,7 +1119,8 @@ def model_card(model, source, name, weights, onnx, plain):
         if scores:
             shown = ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
             made = f"Spearman x 100: {shown}; mean {sum(scores.values()) / len(scores):.1f}.\n\n"
-        given, git = results["arguments"], results["git"] or "unknown"
+        given = results["arguments"]
+        git = results["git"] or "unknown"
         teacher = given["teacher"] or ["built in"]  # [name, fingerprint]
         assistant = given["assistant"] or ["made of the teacher"]
         files = ", ".join(name for name, _ in given["train"] + given["extra"]) or "built in"
@@ -1211,7 +1235,8 @@ def corpus_vectors(args, lines, model):
     The key knows corpus and model, not --dtype: what bfloat16 stored, a float32 query reads.
     Raises: InputError for a file that holds no such vectors, and for models of two widths.
     """
-    source, shape = args.index or args.model, (len(lines), model.config.width)
+    source = args.index or args.model
+    shape = len(lines), model.config.width
     file = f"{args.corpus}.{digest(1, lines, fingerprint(source))}.npy"  # 1: of what is stored
     if os.path.exists(file):
         fix = "; " + "choose models of one width, or " * bool(args.index) + "delete it"
@@ -1240,7 +1265,8 @@ def search(args, model):
     """Print the lines of a corpus that are nearest to the query, or to each of standard input."""
     need(args.query is not None or args.corpus != "-", "a corpus on standard input needs a query")
     lines = read_texts(args.corpus)
-    vectors, queries = corpus_vectors(args, lines, model), [args.query]
+    vectors = corpus_vectors(args, lines, model)
+    queries = [args.query]
     if args.query is None:
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # encode() complains
         queries = filter(None, map(str.strip, sys.stdin))  # as they come

@@ -88,7 +88,8 @@ def stage_loss(stage, model, s, t, y_s, y_t=None, contrast=True, gather=None):
 # ------------------------------------------------------------------------------ sizes and presets
 @dataclass(frozen=True)
 class Preset:
-    """Sizes and schedule of a run; each field is a flag of train.py. Tuples hold stages 1 to 4."""
+    """Sizes and schedule of a run; each field is a flag of train.py. Tuples but `layers` hold
+    stages 1 to 4."""
 
     bottleneck: int  # B; 0 keeps the full word table and skips stage 2
     layers: tuple  # the K of the assistant's to start from, by number; the paper's are the first
@@ -123,8 +124,8 @@ ALIGNED_PAIRS = 300_000
 def check_sizes(c, B, layers, R):
     """Raises: InputError where an assistant of Config c cannot give a student of these sizes."""
     H, depth = c.hidden_size, c.num_hidden_layers
-    has, given = all(1 <= k <= depth for k in layers), ",".join(map(str, layers))
-    need(layers and has, f"--layers {given}: expected numbers from 1 to {depth}, the assistant's")
+    known = layers and all(1 <= k <= depth for k in layers)
+    need(known, f"--layers {max(layers, default=0)}: expected 1 to {depth}, the assistant's")
     size = f"expected 0, for none, or up to {H - 1}, as hidden_size is {H}"
     need(0 <= B < H, f"--bottleneck {B}: {size}")
     need(R >= 1, f"--recurrence {R}: expected 1 or more")
@@ -216,7 +217,8 @@ def make_assistant(teacher, tokenizer, english=(), translations=()):
     """
     word = teacher.embeddings.word.weight.float()  # (V of the teacher, H)
     spelling = _teacher_pieces(teacher, tokenizer)
-    V, pad_id = len(spelling), tokenizer.token_to_id("<pad>")
+    V = len(spelling)
+    pad_id = tokenizer.token_to_id("<pad>")
     # BERT counts positions from 0: a RoBERTa teacher's rows move down to where they will be read.
     c, first = teacher.config, teacher.config.first_position
     positions = c.max_position_embeddings - first
@@ -236,8 +238,8 @@ def make_assistant(teacher, tokenizer, english=(), translations=()):
         uses = torch.from_numpy(uses).float().clamp(min=1e-6)  # unused: told by links alone
         weight = torch.cat([weight * uses[piece], n.float()])
         piece, old = torch.cat([piece, f]), torch.cat([old, e])
-    links, sizes = torch.stack([piece, old]), (V, len(word))
-    mix = torch.sparse_coo_tensor(links, weight, sizes, check_invariants=True)
+    links = torch.stack([piece, old])
+    mix = torch.sparse_coo_tensor(links, weight, (V, len(word)), check_invariants=True)
     table, total = mix @ word, mix @ torch.ones(len(word), 1)  # (V, H), (V, 1)
     table = torch.where(total > 0, table / total, word.mean(0))  # (V, H)
     for name, row in _special_rows(teacher).items():
@@ -257,7 +259,8 @@ def cut_assistant(assistant, tokenizer, ids):
 
     A text whose pieces all stay gets the same vectors, to the bit; see data.cut_vocabulary.
     """
-    c, state = assistant.config, assistant.state_dict()
+    c = assistant.config
+    state = assistant.state_dict()
     state["embeddings.word.weight"] = state["embeddings.word.weight"][torch.from_numpy(ids)]
     pad_id = int(np.flatnonzero(ids == c.pad_token_id)[0])
     same = c.model_type == "bert" or pad_id == c.pad_token_id
@@ -300,7 +303,8 @@ def align(e, e_at, f, f_at, iterations=5, longest=200):
         if 0 < (b - a) * (d - c) <= longest:  # each foreign piece with each English one
             keys.append((f[c:d, None].astype(np.int64) * V + e[a:b]).ravel())
             width += [b - a] * (d - c)
-    key, keys = np.concatenate(keys), None  # (l,) links
+    key = np.concatenate(keys)  # (l,) links
+    del keys
     width = np.array(width, np.int64)  # (m,) links of each foreign token
     token = np.repeat(np.arange(len(width)), width)  # (l,)
     kinds, kind = np.unique(key, return_inverse=True)  # (L,), (l,)

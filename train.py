@@ -82,7 +82,8 @@ def layers(text):
 
 def parser():
     """Every flag there is. Those that a preset sets are None here; parse() fills them in."""
-    raw, here = argparse.RawDescriptionHelpFormatter, "cuda" if torch.cuda.is_available() else "cpu"
+    raw = argparse.RawDescriptionHelpFormatter
+    here = "cuda" if torch.cuda.is_available() else "cpu"
     ap = M.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     files = {"nargs": "+", "default": [], "metavar": "GLOB"}
     each = functools.partial(number, by_stage=True)
@@ -176,7 +177,8 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out = args, args.out
-        self.world, self.group = int(os.environ.get("WORLD_SIZE", 1)), None  # torchrun's
+        self.world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+        self.group = None
         self.rank = int(os.environ["RANK"]) if self.world > 1 else 0
         # Where the last model is there, only the table is missing; what came before may be gone.
         self.trained = Path(args.out, "assistant" if args.stages == [1] else "student").exists()
@@ -260,7 +262,8 @@ def take(folder):
 def same_run(run):
     """What this run is: its settings, and the names and content of its files. Raises: InputError if
     it began as another, with both values."""
-    args, file = run.args, run.out / "run.json"
+    args = run.args
+    file = run.out / "run.json"
     now = {k: v for k, v in vars(args).items() if k not in FREE}
     files = {flag: expand(getattr(args, flag), f"--{flag}") for flag in ("train", "extra", "dev")}
     if args.sts:
@@ -366,7 +369,8 @@ class Training:
 
     def __init__(self, run, name, model, optimizer, steps):
         self.run, self.name, self.optimizer, self.steps = run, name, optimizer, steps
-        self.file, self.best_loss = run.out / "checkpoint.safetensors", math.inf
+        self.file = run.out / "checkpoint.safetensors"
+        self.best_loss = math.inf
         trained = {k: q for k, q in model.named_parameters() if q.requires_grad}
         self.weights = [q.detach() for q in trained.values()]
         self.best = [q.clone() for q in self.weights]
@@ -376,7 +380,8 @@ class Training:
             optimizer.state[q] = {"step": torch.zeros((), device=q.device), **moments}
             parts = {"model": q.detach(), "best": best, **optimizer.state[q]}
             self.tensors |= {f"{part}.{k}": v for part, v in parts.items()}
-        self.tokens, self.health = 0, torch.zeros((), device=model.device)
+        self.tokens = 0
+        self.health = torch.zeros((), device=model.device)
         self.begun = self.saved = self.shown = self.logged = time.monotonic()
 
     def seconds(self):
@@ -418,7 +423,8 @@ class Training:
 
         Numbers are read from a GPU only where they are reported: reading makes the host wait.
         """
-        loss, done = sum(terms.values()).detach(), step + 1
+        loss = sum(terms.values()).detach()
+        done = step + 1
         self.health += loss + norm  # once it is not finite, it stays so
         self.tokens += tokens
         if done % max(1, self.steps // 100) and done < self.steps:
@@ -461,7 +467,8 @@ class Training:
 
 def read_log(folder):
     """The entries of a run's log; a line that cannot be read, as a kill leaves it, is left out."""
-    file, entries = folder / "log.jsonl", []
+    file = folder / "log.jsonl"
+    entries = []
     text = file.read_text("utf-8", errors="replace") if file.exists() else ""
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
@@ -478,7 +485,8 @@ def train_stage(run, stage, sources, start, leaves):
     if leaves.exists() or run.trained:
         return leaves
     args, k, spec, corpus = run.args, stage - 1, msd.STAGES[stage], run.corpus
-    model, source = run.load(start, train=True), sources[spec.targets]
+    model = run.load(start, train=True)
+    source = sources[spec.targets]
     for part in (model.layers, model.dense):
         part.requires_grad_(spec.layers)  # stage 2 has no use for them
     used = (corpus.group == 0) | spec.extra
@@ -518,7 +526,8 @@ def stage_batches(run, stage, model, corpus, pairs, source, epochs=None):
     steps = math.ceil((epochs or 1) * len(one_pass))
     seen = pairs[np.concatenate(one_pass[:steps])]  # (m, 2)
     wanted = np.unique(seen if spec.own else seen[:, 0])
-    name, progress = M.fingerprint(source), M.meter(f"targets of stage {stage}", run.say)
+    name = M.fingerprint(source)
+    progress = M.meter(f"targets of stage {stage}", run.say)
     with run.first():
         encoder = run.load(source)
         targets = data.vectors(corpus, wanted, encoder, name, args.cache, spec.layers, progress)
@@ -602,7 +611,7 @@ def pipeline(run):
         assistant = train_stage(run, 1, models, assistant, out / "assistant")
     models["assistant"] = assistant
 
-    # The student: bottleneck, the assistant's first layers; stages 2 to 4 train it.
+    # The student: bottleneck, some of the assistant's layers; stages 2 to 4 train it.
     if student_stages := [k for k in args.stages if k > 1]:
         start = functools.partial(start_student, run, assistant)
         student = run.build(between / "student-start", start)
@@ -711,7 +720,8 @@ def start_assistant(run, teacher_folder):
 
 def start_cut_assistant(run):
     """The given assistant with the --keep-vocab pieces that the training text uses most."""
-    args, assistant = run.args, M.load(run.args.assistant, "float32", "cpu", train=True)
+    args = run.args
+    assistant = M.load(args.assistant, "float32", "cpu", train=True)
     counts = piece_counts(run, assistant)
     tokenizer, kept = data.cut_vocabulary(assistant.tokenizer, counts, args.keep_vocab)
     for language, sides in run.dev.by_language().items() if run.dev else ():
@@ -723,7 +733,8 @@ def start_cut_assistant(run):
 
 def start_student(run, assistant_folder):
     """The student before its first stage."""
-    args, assistant = run.args, run.load(assistant_folder, train=True)  # float32
+    args = run.args
+    assistant = run.load(assistant_folder, train=True)  # float32
     counts = piece_counts(run, assistant, 10**7)  # sentences are in no order: a fair sample
     sizes = args.bottleneck, args.layers, args.recurrence
     return msd.make_student(assistant, *sizes, args.init, args.seed, counts)
@@ -832,16 +843,19 @@ def bootstrap(sets, a, b, n=1000, seed=0):
 # -------------------------------------------------------------------------------------- the table
 def finish(run, models):
     """Read the test sets, once, for models {row: folder}; write results.json, print, clear up."""
-    dev, rows, cosines = run.dev.by_language() if run.dev else {}, {}, {}
-    teacher, last = run.load(models["teacher"]), list(models)[-1]
+    rows, cosines = {}, {}
+    dev = run.dev.by_language() if run.dev else {}
+    teacher = run.load(models["teacher"])
     goals = {k: teacher.encode(english, normalize=False) for k, (english, _) in dev.items()}
+    teacher = M.fingerprint(models["teacher"])
     for label, folder in models.items():
-        begun, sets, pairs = time.monotonic(), run.sts, dev
+        begun = time.monotonic()
+        sets, pairs = run.sts, dev
         if label == "teacher":  # it knows English alone
             sets, pairs = {k: v for k, v in sets.items() if k == "en-en"}, {}
-        key = M.fingerprint(folder), M.fingerprint(models["teacher"]), list(sets), list(pairs)
-        rows[label], cosines[label] = scores_of(run, folder, key, sets, pairs, goals)
+        rows[label], cosines[label] = scores_of(run, folder, sets, pairs, goals, teacher)
         run.say(f"evaluated {label} ({time.monotonic() - begun:.0f} s)")
+    last = list(models)[-1]
     compared = run.sts and last != "assistant"
     git = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
     results = {
@@ -862,10 +876,16 @@ def finish(run, models):
     run.say(table(results))
 
 
-def scores_of(run, folder, key, sets, dev, goals):
-    """evaluate() of the model in a folder, made once: runs of several seeds share an assistant."""
-    given = [run.identity[k] for k in ("sts", "dev", "max_chars", "max_tokens", "dtype")]
-    file = Path(run.args.cache, f"scores-{M.digest(1, *key, *given)}.json")
+def scores_of(run, folder, sets, dev, goals, teacher):
+    """evaluate() of the model in a folder, made once: runs of several seeds share an assistant.
+
+    teacher: the fingerprint of the one that made the goals.
+    """
+    code = (Path(module.__file__) for module in (M, data, sys.modules[__name__]))
+    texts = [(k, a, b, gold.tolist()) for k, (a, b, gold) in sets.items()], dev
+    how = run.args.device.split(":")[0], run.args.dtype, run.args.max_tokens
+    key = M.digest(*code, texts, teacher, M.fingerprint(folder), how)
+    file = Path(run.args.cache, f"scores-{key}.json")
     if not file.exists():
         model = run.load(folder)
         row, cosines = evaluate(model, sets, dev, goals)
@@ -922,14 +942,15 @@ def aligned(heads, formats, rows):
 # ------------------------------------------------------------------------------------ the command
 def execute(args):
     """Run, continue or report a run in args.out."""
-    run, file = Run(args), args.out / "results.json"
+    run = Run(args)
+    file = args.out / "results.json"
     with run.first() as mine:
         lock = take(args.out) if mine else None  # noqa: F841 - held until this function ends
     keep_memory()
     run.identity = same_run(run)
     if not file.exists():
         return pipeline(run)
-    run.say("this run is finished; without its results.json the same command evaluates it again")
+    run.say("this run is finished; without its results.json the same command writes it again")
     with M.reading(file, "a run's results", "; delete it and run the same command again"):
         text = table(M.read_json(file))
     run.say(text)
