@@ -255,10 +255,8 @@ class Corpus:
             yield f"  {cut} files reach --max-lines {max_lines:,}; lines beyond it are not read"
         # Reversed, so that the example of the first file stays.
         examples = {k: v for r in reversed(self.report) for k, v in r["examples"].items()}
-        for kind, what in (
-            ("same", "both sides are equal"),
-            ("quoted", "both sides are in quotes"),
-        ):
+        whats = {"same": "both sides are equal", "quoted": "both sides are in quotes"}
+        for kind, what in whats.items():
             if n[kind]:
                 warning = "warning: " * (n[kind] > 0.03 * n["kept"])
                 example = examples.pop(kind)
@@ -451,9 +449,8 @@ def cut_vocabulary(tokenizer, counts, size):
         model["vocab"] = [entry for entry in model["vocab"] if entry[0] in kept]
     else:
         model["vocab"] = {p: new[p] for p in model["vocab"] if p in kept}
+    if model["type"] == "BPE":
         model["merges"] = [[a, b] for a, b in merges if {a, b, a + b} <= kept]
-    if model["type"] == "WordPiece":
-        del model["merges"]
     _renumber([raw["added_tokens"], raw["post_processor"]], new)
     return Tokenizer.from_str(json.dumps(raw)), np.array([ids[p] for p in order])
 

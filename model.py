@@ -222,7 +222,7 @@ def write_safetensors(path, tensors, meta=None):
 
 # ---------------------------------------------------------------------------------- configuration
 TEACHERS = "all-MiniLM-L6-v2, all-distilroberta-v1, paraphrase-MiniLM-L12-v2"  # that work
-# A new one goes here, into pool() and, for other programs, write_extras() and write_onnx().
+# A new one goes here, into pool() and, where other programs know it, write_onnx().
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len")
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -281,15 +281,13 @@ KNOWN = {  # what is usual first: a config.json may leave it out
 }
 
 
-def read_config(root, pad_id, shapes):
-    """The Config of a model directory: config.json, sentence-transformers' files and the weights.
+def read_config(file, modules, pad_id, shapes):
+    """The Config of a model directory: its config.json, what read_modules found and the weights.
 
     pad_id: the tokenizer's. shapes: of the weights, by our names; they tell what a config.json
     leaves out or has wrong: the authors' students say nothing of B, K and R, and position tables
     are often cut or extended. Raises: InputError naming the file, the value and what was expected.
     """
-    body, _, modules = read_modules(root)
-    file = body / "config.json"
     said = {k: (v, file) for k, v in read_json(file).items()} | modules
     said = {k: v for k, v in said.items() if v[0] is not None and k != "dropout"}
     raw = {f.name: f.default for f in fields(Config)} | {"type_vocab_size": 2}  # as in others' BERT
@@ -615,7 +613,7 @@ class Encoder(nn.Module):
         return put(ids, device or self.device), put(mask, device or self.device)
 
     @torch.inference_mode()
-    def embed(self, flat, starts, layers=True, budget=None, progress=None, most=None):
+    def embed(self, flat, starts, layers=True, progress=None, most=None):
         """Vectors (n, width) float32, in input order, of tokenised sentences; before any Normalize.
 
         Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory
@@ -626,7 +624,7 @@ class Encoder(nn.Module):
         was_training = self.training
         self.eval()
         on_cpu = 2048 if self.dtype == torch.bfloat16 else 1024
-        budget = budget or (2**16 if self.device.type == "cuda" else on_cpu)
+        budget = 2**16 if self.device.type == "cuda" else on_cpu
         order = np.argsort(-lengths, kind="stable")
         width = self.config.width if layers else self.config.hidden_size
         out = torch.empty(len(lengths), width, device=self.device)
@@ -878,14 +876,14 @@ def read_tokenizer(folder):
 
 
 def best_dtype(device):
-    """(dtype, why): bfloat16 where the device multiplies it faster than float32."""
+    """(name, why): bfloat16 where the device multiplies it faster than float32."""
     if torch.device(device).type == "cuda":
         what, has = "GPU", torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         cpu = torch.cpu
         what, has = "CPU", cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported()
     why = f"the {what} has {'' if has else 'no '}bfloat16 units"
-    return torch.bfloat16 if has else torch.float32, why
+    return "bfloat16" if has else "float32", why
 
 
 def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=math.inf):
@@ -902,17 +900,18 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     need(root.is_dir(), f"{root}: no such model directory; expected {expected}")
     need(dtype in (None, "float32", "bfloat16"), f"dtype {dtype!r}: expected float32 or bfloat16")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = getattr(torch, dtype) if dtype else best_dtype(device)[0]
+    kind = getattr(torch, dtype or best_dtype(device)[0])
     # cuDNN's attention builds a plan for every new shape, and each of our batches has a new one.
     if torch.device(device).type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
-    body, dense, _ = read_modules(root)
+    body, dense, modules = read_modules(root)
     tokenizer, pad_id = read_tokenizer(body)
     state = read_weights(body, torch.float32 if train else kind, copy=train)
     for i, file in enumerate(f / "model.safetensors" for f in dense):
         must_exist(file, "SentenceTransformer", root)
         state |= {f"dense.{i}.{k}": v for k, v in read_safetensors(file, torch.float32)[0].items()}
-    config = read_config(root, pad_id, {k: tuple(v.shape) for k, v in state.items()})
+    shapes = {k: tuple(v.shape) for k, v in state.items()}
+    config = read_config(body / "config.json", modules, pad_id, shapes)
     config = replace(config, dropout=dropout, max_seq_length=min(config.max_seq_length, max_tokens))
     V = config.vocab_size
     largest = max(*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
@@ -989,8 +988,7 @@ def write_extras(model, folder, plain):
     if plain:
         home, kinds = "sentence_transformers.models", ["Transformer", "Pooling"]
         kinds += ["Normalize"] * c.normalize
-        modes = ("mean_tokens", "cls_token", "max_tokens", "mean_sqrt_len_tokens")
-        pooling = {f"pooling_mode_{m}": m.rsplit("_", 1)[0] == c.pooling for m in modes}
+        pooling = {f"pooling_mode_{p}_token{'s' * (p != 'cls')}": p == c.pooling for p in POOLINGS}
         files["1_Pooling/config.json"] = {"word_embedding_dimension": c.hidden_size, **pooling}
     else:
         (folder / "model.py").write_bytes(Path(__file__).read_bytes())

@@ -174,12 +174,11 @@ def make_student(assistant, B, layers, R, init="text", seed=0, counts=None):
     for part in ("position", "token_type", "norm"):
         getattr(ours, part).load_state_dict(getattr(theirs, part).state_dict())
     E = theirs.word.weight  # (V, H)
-    if not B:
-        ours.word.weight.copy_(E)
-        return student
-    P = principal_directions(E, B, counts)  # (H, B)
-    ours.word.weight.copy_(E.float() @ P)  # E ~ (E P) P'
-    ours.project.weight.copy_(P)
+    if B:
+        P = principal_directions(E, B, counts)  # (H, B)
+        ours.project.weight.copy_(P)
+        E = E.float() @ P  # (V, B), of which E P' is nearest to the assistant's
+    ours.word.weight.copy_(E)
     return student
 
 

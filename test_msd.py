@@ -233,7 +233,7 @@ def test_padding_batch_size_and_order_change_nothing(tokenizer, model_type):
     alone = np.concatenate([m.encode([t]) for t in TEXTS])
     assert np.abs(m.encode(TEXTS) - alone).max() < 1e-5
     assert np.abs(m.encode(TEXTS[::-1])[::-1] - alone).max() < 1e-5
-    assert np.abs(m.embed(*m.tokenize(TEXTS), budget=1) - alone).max() < 1e-5
+    assert np.abs(m.embed(*m.tokenize(TEXTS), most=1) - alone).max() < 1e-5
     assert m.encode([]).shape == (0, 32) and m.encode(TEXTS).dtype == np.float32
 
 
@@ -1151,7 +1151,7 @@ def test_text_and_config_fuzz(tmp_path, tokenizer):
                 assert len(a) == len(b) == len(scores) and scores.min() >= 0 and scores.max() <= 5
             else:
                 write(tmp_path / "m" / "config.json", mutate(rng, config))
-                c = M.read_config(tmp_path / "m", 1, shapes)
+                c = M.read_config(tmp_path / "m" / "config.json", {}, 1, shapes)
                 assert (c.vocab_size, c.num_hidden_layers) == (
                     table[0],
                     4,
@@ -1713,6 +1713,9 @@ def test_presets_and_schedule():
             == (128, 250, 0.01, 1.0, 0.1)
             and p.max_lines == (500_000, 300_000, 300_000, 500_000)
         )
+    for p in msd.PRESETS.values():  # a fifth stage is a fifth value everywhere
+        schedule = (p.lr, p.batch, p.epochs, p.max_lines)
+        assert [len(values) for values in schedule] == [len(msd.STAGES)] * 4
     data_flags = ["--train", "x", "--teacher", "y"]
     assert train.parse(["--preset", "xlmr", "--bottleneck", "0", *data_flags]).lr == (16e-5,) * 4
     rates = [train.rate_at(s, 100) for s in range(100)]

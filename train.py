@@ -1,9 +1,9 @@
 """Train: `python train.py` runs all four stages on the built-in corpus; --help says what else.
 
 A run lives in one folder. The same command again continues it, exactly, whenever it was stopped.
-Random, and from --seed: the order of batches, dropout, noise in a student's start, the demo's
-teacher. Fixed: samples of text (for the alignment, for dev, for a look), the demo's corpus, the
-resamples of the bootstrap.
+Random, and from --seed: the order of batches, dropout, a start from noise (--init paper), the
+demo's teacher. Fixed: samples of text (for the alignment, for dev, for a look), the demo's corpus,
+the resamples of the bootstrap.
 
     arguments  |  the run  |  the loop  |  checkpoint and log  |  the stages  |  the pipeline
     evaluation  |  the table  |  the command
@@ -188,8 +188,7 @@ class Run:
             # their own: with NCCL's short patience kept, one that dies is noticed on a GPU, too.
             day = datetime.timedelta(days=1)
             self.group = dist.new_group(backend="gloo", timeout=day)
-        dtype, why = (args.dtype, "asked for") if args.dtype else M.best_dtype(args.device)
-        args.dtype = str(dtype).removeprefix("torch.")
+        args.dtype, why = (args.dtype, "asked for") if args.dtype else M.best_dtype(args.device)
         where = f"device {args.device}, {args.dtype} ({why}), {torch.get_num_threads()} threads"
         what = f"{args.preset}, stages {args.stages}, seed {args.seed}, folder {self.out}"
         self.say(f"{where}, {self.world} processes; {what}")
@@ -652,11 +651,11 @@ def read_inputs(run):
     run.sts = data.read_sts(args.sts) if args.sts else {}
     train, extra, dev = (expand(getattr(args, x), f"--{x}") for x in ("train", "extra", "dev"))
     run.say(f"data: reading {len(train + extra + dev)} files")
+    most = max(args.max_lines)
     with run.first():
-        most = max(args.max_lines)
         run.corpus = data.build_corpus(train, args.cache, extra, args.max_chars, most)
         run.dev = data.build_corpus(dev, args.cache, (), args.max_chars) if dev else None
-    for line in run.corpus.describe(max(args.max_lines)):
+    for line in run.corpus.describe(most):
         run.say(line)
 
 
@@ -915,10 +914,8 @@ def table(results):
     heads = ["parameters; dev pairs", "embedding", "layers", "other", "total", "of assistant"]
     heads += ["en->xx", "xx->en", "100 MSE en", "100 MSE xx"]
     lines += aligned(heads, [",", ",", ",", ",", ".1%", ".1f", ".1f", ".3f", ".3f"], sizes)
-    bounds = [
-        f"{k} {d:+.1f} ({a:+.1f} to {b:+.1f})" for k, (d, a, b) in results["bootstrap"].items()
-    ]
-    if bounds:
+    if compared := results["bootstrap"]:
+        bounds = [f"{k} {d:+.1f} ({a:+.1f} to {b:+.1f})" for k, (d, a, b) in compared.items()]
         lines += ["", f"student - assistant, with 95 % of paired resamples: {', '.join(bounds)}"]
     seconds = ", ".join(f"{e['stage']} {e['seconds']:.0f} s" for e in results["stages"])
     given = results["arguments"]
@@ -940,8 +937,9 @@ def aligned(heads, formats, rows):
 
 
 # ------------------------------------------------------------------------------------ the command
-def execute(args):
-    """Run, continue or report a run in args.out."""
+def main(argv=None):
+    """Run, continue or report a run in --out."""
+    args = parse(argv)
     run = Run(args)
     file = args.out / "results.json"
     with run.first() as mine:
@@ -954,10 +952,6 @@ def execute(args):
     with M.reading(file, "a run's results", "; delete it and run the same command again"):
         text = table(M.read_json(file))
     run.say(text)
-
-
-def main(argv=None):
-    execute(parse(argv))
 
 
 if __name__ == "__main__":
