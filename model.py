@@ -442,6 +442,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Table(Narrow, nn.Embedding):
+    """Rows by id: (V, B or H) for words, (positions, H), (token types, H)."""
+
     def forward(self, ids):
         rows = super().forward(ids)
         return rows * self.scale[ids][..., None] if hasattr(self, "scale") else rows

@@ -846,13 +846,13 @@ def finish(run, models):
     dev = run.dev.by_language() if run.dev else {}
     teacher = run.load(models["teacher"])
     goals = {k: teacher.encode(english, normalize=False) for k, (english, _) in dev.items()}
-    teacher = M.fingerprint(models["teacher"])
+    made_by = M.fingerprint(models["teacher"])
     for label, folder in models.items():
         begun = time.monotonic()
         sets, pairs = run.sts, dev
         if label == "teacher":  # it knows English alone
             sets, pairs = {k: v for k, v in sets.items() if k == "en-en"}, {}
-        rows[label], cosines[label] = scores_of(run, folder, sets, pairs, goals, teacher)
+        rows[label], cosines[label] = scores_of(run, folder, sets, pairs, goals, made_by)
         run.say(f"evaluated {label} ({time.monotonic() - begun:.0f} s)")
     last = list(models)[-1]
     compared = run.sts and last != "assistant"
@@ -875,15 +875,15 @@ def finish(run, models):
     run.say(table(results))
 
 
-def scores_of(run, folder, sets, dev, goals, teacher):
+def scores_of(run, folder, sets, dev, goals, made_by):
     """evaluate() of the model in a folder, made once: runs of several seeds share an assistant.
 
-    teacher: the fingerprint of the one that made the goals.
+    made_by: the fingerprint of the teacher whose vectors the goals are.
     """
     code = (Path(module.__file__) for module in (M, data, sys.modules[__name__]))
     texts = [(k, a, b, gold.tolist()) for k, (a, b, gold) in sets.items()], dev
     how = run.args.device.split(":")[0], run.args.dtype, run.args.max_tokens
-    key = M.digest(*code, texts, teacher, M.fingerprint(folder), how)
+    key = M.digest(*code, texts, made_by, M.fingerprint(folder), how)
     file = Path(run.args.cache, f"scores-{key}.json")
     if not file.exists():
         model = run.load(folder)
