@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import zlib
 from array import array
 from collections import Counter
@@ -34,30 +35,35 @@ from model import InputError, atomic, digest, need, read_json, reading
 LINE_LIMIT = 1 << 20  # bytes; a longer line is no sentence pair
 BAD_SHARE = 0.01  # more malformed lines than that stop the run
 FORMATS = {  # what a file may be instead of text, by its first bytes, and what makes it text
-    b"PAR1": ("parquet", "python -c \"import pandas; pandas.read_parquet('{0}').iloc[:, :2]"
-              ".to_csv('{1}', sep='\\t', header=False, index=False)\""),
-    b"PK\x03\x04": ("zip", "unzip -p '{0}' > '{1}'"),
-    b"BZh": ("bzip2", "bzcat '{0}' > '{1}'"),
-    b"\xfd7zXZ": ("xz", "xzcat '{0}' > '{1}'"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "zstdcat '{0}' > '{1}'"),
-    b"\xff\xfe\0\0": ("UTF-32", "iconv -f UTF-32 -t UTF-8 '{0}' > '{1}'"),
-    b"\0\0\xfe\xff": ("UTF-32", "iconv -f UTF-32 -t UTF-8 '{0}' > '{1}'"),
-    b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 '{0}' > '{1}'"),
-    b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 '{0}' > '{1}'"),
-}  # fmt: skip
+    b"PAR1": (
+        "parquet",  # two columns; line ends and tabs in a cell become spaces
+        'python -c "import io, sys, pandas; d = io.BytesIO(sys.stdin.buffer.read()); '
+        "[print(*(' '.join(str(x).split()) for x in row[:2]), sep='\\t') "
+        'for row in pandas.read_parquet(d).values]"',
+    ),
+    b"PK\x03\x04": ("zip", "funzip"),
+    b"BZh": ("bzip2", "bzcat"),
+    b"\xfd7zXZ": ("xz", "xzcat"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstdcat"),
+    b"\xff\xfe\0\0": ("UTF-32", "iconv -f UTF-32 -t UTF-8"),
+    b"\0\0\xfe\xff": ("UTF-32", "iconv -f UTF-32 -t UTF-8"),
+    b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
+    b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
+}
 NOT_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
 
 
-def refuse_formats(path, head):
+def refuse_formats(path, head, packed):
     """Raises: InputError where the first bytes of a file are not those of UTF-8 text."""
     name, command = next((v for k, v in FORMATS.items() if head.startswith(k)), ("", ""))
     if not name and head.count(0) > len(head) / 5:  # no byte order mark, but every second byte
         name = f"UTF-{32 if head.count(0) > len(head) / 2 else 16}"
         order = "BE" if head[0] == 0 else "LE"
-        command = f"iconv -f {name}{order} -t UTF-8 '{{0}}' > '{{1}}'"
+        command = f"iconv -f {name}{order} -t UTF-8"
     new = Path(path).with_name(f"text-{Path(path).stem}")
     new = new if new.suffix == ".tsv" else new.with_name(f"{new.name}.tsv")
-    fix = f"Convert it: {command.format(path, new)}"
+    old, new = shlex.quote(str(path)), shlex.quote(str(new))
+    fix = f"Convert it: {'zcat' if packed else 'cat'} {old} | {command} > {new}"
     need(not name, f"{path}: is {name}; expected plain or gzipped UTF-8 text. {fix}")
 
 
@@ -70,7 +76,7 @@ def read_lines(path):
     number = 0
     try:
         with open(path, "rb") as raw, gzip.open(raw) if is_gzip(raw) else raw as f:
-            refuse_formats(path, f.peek(4096)[:4096])
+            refuse_formats(path, f.peek(4096)[:4096], f is not raw)
             while line := f.readline(LINE_LIMIT):
                 number += 1
                 if len(line) == LINE_LIMIT and not line.endswith(b"\n"):
@@ -79,7 +85,7 @@ def read_lines(path):
                     yield number, None, f"longer than {LINE_LIMIT} bytes"
                     continue
                 try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                    text = line.decode("utf-8-sig").rstrip("\r\n")  # joined files have more BOMs
                     yield number, text, None
                 except UnicodeDecodeError as e:
                     yield number, None, f"not UTF-8 ({e.reason} at byte {e.start})"
@@ -160,7 +166,7 @@ def refuse_bad(path, report):
     fix = ""
     if report["bad"]["too many columns"] > bad / 2:
         cat = "zcat" if str(path).endswith(".gz") else "cat"
-        fix = f" Keep two columns: {cat} '{path}' | cut -f1,2 > en-xx.tsv."
+        fix = f" Keep two columns: {cat} {shlex.quote(str(path))} | cut -f1,2 > en-xx.tsv."
     first = "; ".join(report["examples"][kind] for kind in report["bad"])
     raise InputError(
         f"{path}: {bad} of {lines} lines are bad, more than {100 * BAD_SHARE:g} %: "
@@ -272,7 +278,7 @@ def build_corpus(files, cache, extra=(), max_chars=250, max_lines=None):
     extra: files for stages 2 and 3 alone. File order does not matter.
     Raises: InputError if nothing is left to use.
     """
-    files = [(f, 0) for f in files] + [(f, 1) for f in extra]
+    files = [(f, 0) for f in files] + [(f, 1) for f in extra if f not in files]
     files = sorted((Path(f).name, digest(Path(f)), group, str(f)) for f, group in set(files))
     key = digest(3, [f[:3] for f in files], max_chars, max_lines)
     folder = Path(cache) / f"corpus-{key}"
@@ -318,9 +324,7 @@ def _write_corpus(tmp, files, max_chars, max_lines):
 def tokens(corpus, encoder, cache, progress=None, chunk=20000):
     """(flat ids, starts) of all distinct sentences in an encoder's vocabulary, made once."""
     c = encoder.config
-    key = digest(
-        2, corpus.key, encoder.tokenizer.to_str(), c.max_seq_length, c.do_lower_case, c.prompt
-    )
+    key = digest(2, corpus.key, encoder.tokenizer.to_str(), c.max_seq_length, c.prompt)
     folder = Path(cache) / f"tokens-{key}"
     if not folder.exists():
         with atomic(folder) as tmp:

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, normalizers
+from tokenizers.models import Unigram
 from torch import nn
 
 # ------------------------------------------------------------------------------------------ files
@@ -89,7 +90,7 @@ def atomic(path):
     Raises: InputError where it cannot be written, naming the path.
     """
     path = Path(path)
-    mine = f".{path.name}.tmp-{platform.node()}-"  # machines may share a folder
+    mine = f".{path.name}.tmp-{platform.node()}@"  # machines may share a folder
     tmp = path.with_name(f"{mine}{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,8 +103,11 @@ def atomic(path):
             for file in (f for f in [tmp, *tmp.rglob("*")] if f.is_file()):
                 with open(file, "rb+") as f:
                     os.fsync(f.fileno())  # a rename must not reach the disk before the content
-            if not (tmp.is_dir() and path.is_dir()):  # else another process was faster
+            try:
                 os.replace(tmp, path)
+            except OSError:
+                if not (tmp.is_dir() and path.is_dir()):  # else another process was faster
+                    raise
         finally:
             delete(tmp)
     except OSError as e:
@@ -131,11 +135,13 @@ def digest(*parts):
 
 
 def fingerprint(folder):
-    """Names a model directory by its content. Raises: InputError where there is none."""
-    files = sorted(f for x in ("safetensors", "json") for f in Path(folder).glob(f"**/*.{x}"))
+    """Names a model directory by what load() reads. Raises: InputError where there is none."""
+    body, dense, said = read_modules(folder)
+    kinds = ("*.safetensors", "*.json")
+    files = sorted(f for place in (body, *dense) for kind in kinds for f in place.glob(kind))
     expected = "expected config.json, tokenizer.json and model.safetensors in it"
     need(files, f"{folder}: no such model directory; {expected}")
-    return digest(*files)
+    return digest(sorted((name, value) for name, (value, _) in said.items()), *files)
 
 
 # ------------------------------------------------------------------------------------ safetensors
@@ -259,7 +265,7 @@ class Config:
     normalize: bool = False  # encode() returns unit vectors
     prompt: str = ""  # put before every text
     max_seq_length: int = 128  # tokens, start and end included
-    do_lower_case: bool = False  # lower-case before the tokenizer
+    do_lower_case: bool = False  # before the tokenizer; load() makes it a part of it
 
     @property
     def first_position(self):
@@ -291,7 +297,10 @@ def read_config(file, modules, pad_id, shapes):
     said = {k: (v, file) for k, v in read_json(file).items()} | modules
     said = {k: v for k, v in said.items() if v[0] is not None and k != "dropout"}
     raw = {f.name: f.default for f in fields(Config)} | {"type_vocab_size": 2}  # as in others' BERT
-    raw |= {"max_seq_length": 2**30} | {k: v[0] for k, v in said.items()}
+    beside = file.with_name("tokenizer_config.json")
+    limit = read_json(beside).get("model_max_length") if beside.exists() else None
+    raw["max_seq_length"] = limit if is_count(limit, 2**31) else 2**30  # others write 1e30 for none
+    raw |= {k: v[0] for k, v in said.items()}
 
     def check(ok, name, expected):
         value, place = said.get(name, (None, file))
@@ -369,14 +378,18 @@ def read_modules(root):
     said = {"normalize": (names.endswith("Normalize"), file)}
     said["pooling"] = _read_pooling(pooling / "config.json"), pooling / "config.json"
     maps, files = [], [folder / "config.json" for folder in dense]
-    for raw in map(read_json, files):
+    for at, raw in zip(files, map(read_json, files)):
+        need(not raw.get("use_residual"), f"{at}: use_residual is true, which is not supported")
         activation = str(raw.get("activation_function", "Tanh")).rsplit(".", 1)[-1].lower()
         maps.append([raw.get("out_features"), activation, raw.get("bias", True)])
     said["dense"] = maps, ", ".join(map(str, files)) or file
     settings = read_json(prompts) if prompts.exists() else {}
     with reading(prompts, "prompts by name"):
-        prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name"), "")
-        said["prompt"] = prompt, prompts
+        name, known = settings.get("default_prompt_name"), settings.get("prompts") or {}
+        need(name is None or name in known, f"default_prompt_name {name!r} is not among them")
+        said["prompt"] = known.get(name, ""), prompts
+    cut = settings.get("truncate_dim")
+    need(cut is None, f"{prompts}: truncate_dim {cut!r} is not supported")
     beside = body / "sentence_bert_config.json"
     lengths = read_json(beside) if beside.exists() else {}
     for name in lengths.keys() & {"max_seq_length", "do_lower_case"}:
@@ -387,6 +400,8 @@ def read_modules(root):
 def _read_pooling(file):
     """The pooling that a Pooling module's config.json switches on; a list, if not just one."""
     raw = read_json(file)
+    whole = raw.get("include_prompt", True)
+    need(whole, f"{file}: include_prompt is {whole!r}; only true is supported")
     modes = [k for k, v in raw.items() if k.startswith("pooling_mode_") and v is not False]
     modes = [str(raw["pooling_mode"])] if "pooling_mode" in raw else modes  # the newer form
     modes = [re.sub("^pooling_mode_|_tokens?$", "", mode) for mode in modes]
@@ -400,12 +415,15 @@ class Narrow:
     It stays so in memory and widens in use: a matrix in each call, of a table the rows looked up.
     """
 
-    def narrow(self):
-        """Make room for int8 rows, in buffers: parameters must be floating."""
-        size = self.weight.shape
-        del self.weight
-        self.register_buffer("weight", torch.empty(size, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty(size[0]))
+    def _load_from_state_dict(self, state, prefix, *how):
+        """Make room for int8 rows, in buffers, as parameters must be floating."""
+        weight = state.get(f"{prefix}weight")
+        if weight is not None and weight.dtype == torch.int8:
+            rows = torch.empty(self.weight.shape, dtype=torch.int8, device="meta")
+            del self.weight
+            self.register_buffer("weight", rows)
+            self.register_buffer("scale", torch.empty(len(rows), device="meta"))
+        super()._load_from_state_dict(state, prefix, *how)
 
 
 class Linear(Narrow, nn.Linear):
@@ -597,7 +615,6 @@ class Encoder(nn.Module):
         """
         prompt = self.config.prompt if prompt is None else prompt
         texts = [prompt + t for t in texts] if prompt else texts
-        texts = [t.lower() for t in texts] if self.config.do_lower_case else texts
         flat, lengths = [np.zeros(0, np.uint32)], [np.zeros(1, np.int64)]
         for i in range(0, len(texts), chunk):  # the tokenizer's own results are large
             found = self.tokenizer.encode_batch_fast(texts[i : i + chunk])
@@ -669,7 +686,7 @@ class Encoder(nn.Module):
             self.write(tmp)
 
     def write(self, folder, weights="float32"):
-        """Put config.json, tokenizer.json and model.safetensors into a folder.
+        """Put config.json, tokenizer's two files and model.safetensors into a folder.
 
         weights: as in narrow(). Names are Hugging Face's, so a model without bottleneck and
         recurrence opens there as well.
@@ -678,6 +695,10 @@ class Encoder(nn.Module):
         c["hidden_dropout_prob"] = c["attention_probs_dropout_prob"] = c.pop("dropout")
         text = json.dumps(c, indent=1, sort_keys=True) + "\n"
         Path(folder, "config.json").write_text(text, "utf-8")
+        pad = self.tokenizer.id_to_token(self.config.pad_token_id)
+        limits = {"pad_token": pad, "model_max_length": self.config.max_seq_length}
+        text = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **limits}) + "\n"
+        Path(folder, "tokenizer_config.json").write_text(text, "utf-8")
         Path(folder, "tokenizer.json").write_text(self.tokenizer.to_str(), "utf-8")
         tensors = narrow(to_hf(self.state_dict()), weights)
         for name, t in tensors.items():
@@ -752,23 +773,6 @@ def to_hf(state):
     return out
 
 
-def from_hf(tensors):
-    """The inverse of to_hf. Names it does not know pass through, for a strict load to list.
-
-    Raises: KeyError or RuntimeError where a query, key or value is missing or misshapen.
-    """
-    out = {}
-    for name, t in tensors.items():
-        for ours, theirs in NAMES.items():
-            name = name.replace(theirs, ours, 1)
-        out[name] = t
-    for name in [n for n in out if ".attention.self.query." in n]:
-        parts = [out.pop(name.replace("query", part)) for part in QKV]
-        joined = name.replace(".attention.self.query.", ".qkv.")
-        out[joined] = torch.stack(parts).flatten(0, 1)  # which demands equal shapes
-    return out
-
-
 def narrow(tensors, weights):
     """Tensors as a file holds them: float32, float16 or int8.
 
@@ -786,11 +790,13 @@ def narrow(tensors, weights):
     return out
 
 
-def find_body(tensors, place):
-    """An encoder's tensors, by Hugging Face's names, in those of a checkpoint; heads left out.
+def from_hf(tensors, place):
+    """The inverse of to_hf, for the tensors of anybody's checkpoint: an encoder's, by our names.
 
-    The body is where the word table is, whatever a training wrapper put before or between.
-    Raises: InputError for two bodies. What is no known head passes through, for a strict load.
+    The body is where the word table is, whatever a training wrapper put before or between; heads
+    are left out. What is no known head passes through, for a strict load to list.
+    Raises: InputError for two bodies; KeyError or RuntimeError where a query, key or value is
+    missing or misshapen.
     """
     clean = []
     for name, t in tensors.items():  # without module., _orig_mod., _fsdp_wrapped_module. and kin
@@ -806,10 +812,21 @@ def find_body(tensors, place):
         if found and not name.startswith(("embeddings.", "encoder.")):
             heads |= found
         elif not name.endswith("position_ids"):
+            for ours, theirs in NAMES.items():
+                name = name.replace(theirs, ours, 1)
             need(name not in out, f"{name} is there twice")
+            numbers = t.is_floating_point() or t.dtype == torch.int8
+            need(numbers, f"{name} has dtype {t.dtype}, expected a floating one or int8")
             out[name] = t
+    table = out.get("embeddings.word.weight")
+    need(table is not None and table.dim() == 2, f"no 2-dimensional {TABLE}")
     if heads - {"pooler"}:
         note(f"{place}: left out, as an encoder does not need them: {', '.join(sorted(heads))}")
+    for name in [n for n in out if ".attention.self.query." in n]:
+        parts = [out.pop(name.replace("query", part)) for part in QKV]
+        joined = name.replace(".attention.self.query.", ".qkv.")
+        need(len({p.dtype for p in parts}) == 1, f"{joined} has parts of several dtypes")
+        out[joined] = torch.stack(parts).flatten(0, 1)  # which demands equal shapes
     return out
 
 
@@ -831,16 +848,7 @@ def read_weights(folder, to=None, copy=False):
         must_exist(file, "AutoModel.from_pretrained", folder)
         tensors |= read_safetensors(file, to, copy)[0]
     with reading(folder, "an encoder's weights"):
-        tensors = find_body(tensors, folder)
-        for name, t in tensors.items():
-            scale = tensors.get(f"{name.removesuffix('weight')}scale", t.new_zeros(0))
-            rows = t.dtype == torch.int8 and t.dim() == 2 and scale.shape == t.shape[:1]
-            kinds = "a floating one, or int8 rows with a scale each"
-            need(rows or t.is_floating_point(), f"{name} has dtype {t.dtype}, expected {kinds}")
-            alone = name.endswith(".scale") and f"{name.removesuffix('scale')}weight" not in tensors
-            need(not alone, f"{name} is there without its weight")
-        need(TABLE in tensors and tensors[TABLE].dim() == 2, f"no 2-dimensional {TABLE}")
-        return from_hf(tensors)
+        return from_hf(tensors, folder)
 
 
 def must_exist(file, opener, folder):
@@ -915,21 +923,25 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     shapes = {k: tuple(v.shape) for k, v in state.items()}
     config = read_config(body / "config.json", modules, pad_id, shapes)
     config = replace(config, dropout=dropout, max_seq_length=min(config.max_seq_length, max_tokens))
+    if config.do_lower_case:
+        steps = [normalizers.Lowercase(), tokenizer.normalizer or normalizers.Sequence([])]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+        config = replace(config, do_lower_case=False)
     V = config.vocab_size
-    # Its own pieces are numbered without gaps: listing 250,000 would take a fifth of a second.
-    size = tokenizer.get_vocab_size(with_added_tokens=False)
-    largest = max(size - 1, *tokenizer.get_added_tokens_decoder(), *tokenizer.encode("").ids)
+    ids = {*tokenizer.get_added_tokens_decoder(), *tokenizer.encode("").ids}
+    if isinstance(tokenizer.model, Unigram):  # without gaps: listing 250,000 takes a while
+        ids.add(tokenizer.get_vocab_size(with_added_tokens=False) - 1)
+    else:
+        ids.update(tokenizer.get_vocab().values())
+    largest = max(ids)
     few = f"token ids up to {largest}, but the word table has {V} rows; not of one model"
     need(largest < V, f"{body / 'tokenizer.json'}: {few}")
     with torch.device("meta"):  # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, kind)
-        for name, m in model.named_modules():
-            if isinstance(m, Narrow) and f"{name}.scale" in state:
-                better = "train the float32 model that it was made of"
-                need(not train, f"{body}: int8 weights cannot be trained; {better}")
-                m.narrow()
     with reading(body / "model.safetensors", "the weights that config.json describes"):
         model.load_state_dict(state, assign=True)  # lists what is missing, unexpected, misshapen
+    better = "train the float32 model that it was made of"
+    need(not (train and model.int8), f"{body}: int8 weights cannot be trained; {better}")
     return model.to(device).requires_grad_(train).train(train)
 
 
@@ -982,13 +994,8 @@ def unroll(model):
 
 def write_extras(model, folder, plain):
     """What other programs look for beside our three files."""
-    c, t = model.config, model.tokenizer
-    if c.do_lower_case:  # others know only what tokenizer.json says
-        steps = [normalizers.Lowercase()] + [t.normalizer] * (t.normalizer is not None)
-        t.normalizer = normalizers.Sequence(steps)
-    limits = {"pad_token": t.id_to_token(c.pad_token_id), "model_max_length": c.max_seq_length}
-    files = {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **limits}}
-    home, kinds = "model", ["SentenceEncoder"]
+    c = model.config
+    home, files, kinds = "model", {}, ["SentenceEncoder"]
     if plain:
         home, kinds = "sentence_transformers.models", ["Transformer", "Pooling"]
         kinds += ["Normalize"] * c.normalize
@@ -1025,7 +1032,7 @@ class SentenceEncoder(nn.Module):
 
         known = ("token", "cache_folder", "revision", "local_files_only")
         where = {k: options.get(k) for k in known}
-        names = ("config.json", "tokenizer.json", "model.safetensors")
+        names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
         files = [load_file_path(path, name, **where) for name in names]
         return cls(load(Path(files[0]).parent, "float32", "cpu"))
 

@@ -215,20 +215,17 @@ def make_assistant(teacher, tokenizer, english=(), translations=()):
     share in align(); one that English uses, too, at the mean of both starts, by links and tokens.
     """
     word = teacher.embeddings.word.weight.float()  # (V of the teacher, H)
-    spelling = _teacher_pieces(teacher, tokenizer)
-    V = len(spelling)
-    pad_id = tokenizer.token_to_id("<pad>")
-    # BERT counts positions from 0: a RoBERTa teacher's rows move down to where they will be read.
-    c, first = teacher.config, teacher.config.first_position
-    positions = c.max_position_embeddings - first
-    c = replace(c, vocab_size=V, pad_token_id=pad_id, max_position_embeddings=positions)
-    c = replace(c, model_type="bert", normalize=False, do_lower_case=False, prompt="")
-    model = Encoder(c, tokenizer, teacher.dtype)
+    pieces = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
+    texts = [p.replace("▁", " ") for p in pieces]  # the space matters to a RoBERTa teacher
+    spelling = teacher.tokenizer.encode_batch(texts, add_special_tokens=False)
+    V, pad_id = len(pieces), tokenizer.token_to_id("<pad>")
+    empty = word.new_zeros(1).expand(V, word.shape[1])  # filled below
+    model = with_vocabulary(teacher, tokenizer, empty, pad_id, normalize=False, prompt="")
 
     # A row is a weighted mean of the teacher's rows: links (new piece, its piece, weight).
-    lengths = torch.tensor([len(row) for row in spelling])
+    lengths = torch.tensor([len(row.ids) for row in spelling])
     piece = torch.repeat_interleave(lengths)
-    old = torch.tensor([i for row in spelling for i in row])
+    old = torch.tensor([i for row in spelling for i in row.ids])
     weight = 1 / lengths[piece]
     if len(english):
         sides = *teacher.tokenize(english, prompt=""), *model.tokenize(translations)
@@ -241,14 +238,14 @@ def make_assistant(teacher, tokenizer, english=(), translations=()):
     mix = torch.sparse_coo_tensor(links, weight, (V, len(word)), check_invariants=True)
     table, total = mix @ word, mix @ torch.ones(len(word), 1)  # (V, H), (V, 1)
     table = torch.where(total > 0, table / total, word.mean(0))  # (V, H)
-    for name, row in _special_rows(teacher).items():
+    start, *_, end = teacher.tokenizer.encode("").ids
+    known = teacher.tokenizer.get_vocab()
+    rows = [("<s>", start), ("</s>", end)]
+    rows += [("<unk>", known[name]) for name in ("[UNK]", "<unk>") if name in known]
+    for name, row in rows:
         table[tokenizer.token_to_id(name)] = word[row]
     table[pad_id] = 0
-
-    state = {k: v.float().clone() for k, v in teacher.state_dict().items()}
-    state["embeddings.word.weight"] = table
-    state["embeddings.position.weight"] = state["embeddings.position.weight"][first:]
-    model.load_state_dict(state)
+    model.embeddings.word.weight.copy_(table)
     return model
 
 
@@ -258,33 +255,20 @@ def cut_assistant(assistant, tokenizer, ids):
 
     A text whose pieces all stay gets the same vectors, to the bit; see data.cut_vocabulary.
     """
-    c = assistant.config
-    state = assistant.state_dict()
-    state["embeddings.word.weight"] = state["embeddings.word.weight"][torch.from_numpy(ids)]
-    pad_id = int(np.flatnonzero(ids == c.pad_token_id)[0])
+    table = assistant.embeddings.word.weight[torch.from_numpy(ids)]  # (len(ids), H)
+    pad_id = int(np.flatnonzero(ids == assistant.config.pad_token_id)[0])
+    return with_vocabulary(assistant, tokenizer, table, pad_id)
+
+
+def with_vocabulary(encoder, tokenizer, table, pad_id, **changes):
+    """The same body with a new vocabulary: a tokenizer, its word table (V, H) and its pad id."""
+    c = encoder.config
     same = c.model_type == "bert" or pad_id == c.pad_token_id
-    need(same, "--keep-vocab: the pad token would move, and with it what counts positions")
-    c = replace(c, vocab_size=len(ids), pad_token_id=pad_id)
-    model = Encoder(c, tokenizer, assistant.dtype)
-    model.load_state_dict(state)
+    need(same, "the pad token would move, and with it what counts positions; give a BERT")
+    c = replace(c, vocab_size=len(table), pad_token_id=pad_id, **changes)
+    model = Encoder(c, tokenizer, encoder.dtype)
+    model.load_state_dict(encoder.state_dict() | {"embeddings.word.weight": table})
     return model
-
-
-def _teacher_pieces(teacher, tokenizer):
-    """For each piece of a new tokenizer, in order of id, the teacher's ids for its text."""
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda x: x[1])
-    texts = [p.replace("▁", " ") for p, _ in vocab]  # the space matters to a RoBERTa teacher
-    return [e.ids for e in teacher.tokenizer.encode_batch(texts, add_special_tokens=False)]
-
-
-def _special_rows(teacher):
-    """The teacher's rows of the special tokens, by our names."""
-    start, *_, end = teacher.tokenizer.encode("").ids
-    rows = {"<s>": start, "</s>": end}
-    for name in ("[UNK]", "<unk>"):
-        if (row := teacher.tokenizer.token_to_id(name)) is not None:
-            rows["<unk>"] = row
-    return rows
 
 
 def align(e, e_at, f, f_at, iterations=5, longest=200):

@@ -1,6 +1,7 @@
 """Train: `python train.py` runs all four stages on the built-in corpus; --help says what else.
 
-A run lives in one folder. The same command again continues it, exactly, whenever it was stopped.
+A run lives in one folder. The same command again continues it, whenever it was stopped; on a CPU
+to the same bits (a GPU's attention adds up its gradients in no fixed order).
 Random, and from --seed: the order of batches, dropout, a start from noise (--init paper), the
 demo's teacher. Fixed: samples of text (for the alignment, for dev, for a look), the demo's corpus,
 the resamples of the bootstrap.
@@ -164,7 +165,8 @@ def expand(patterns, flag):
     """Files of a list of glob patterns. Raises: InputError for a pattern that matches nothing."""
     files = set()
     for pattern in patterns:
-        found = {f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)}
+        found = {pattern, *glob.glob(pattern, recursive=True)}  # a name may hold a bracket
+        found = {f for f in found if os.path.isfile(f)}
         need(found, f"{flag} {pattern}: no such file")
         files |= found
     return [Path(f) for f in sorted(files)]
@@ -286,8 +288,8 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
     """Train `model` for `steps` steps and leave the weights of the best dev loss in it.
 
     loss_at(step): (loss terms by name, number of tokens), a pure function of the step. dev_loss():
-    the loss to choose by. A continued run gives the same bits. Of several processes all do the
-    same. Leaves at a signal, after a save. Raises: InputError at a loss that is not finite.
+    the loss to choose by. A continued run gives the same bits, on a CPU. Of several processes all
+    do the same. Leaves at a signal, after a save. Raises: InputError at a loss that is not finite.
     """
     model.train()
     optimizer = make_optimizer(model, lr)
@@ -488,8 +490,7 @@ def train_stage(run, stage, sources, start, leaves):
     source = sources[spec.targets]
     for part in (model.layers, model.dense):
         part.requires_grad_(spec.layers)  # stage 2 has no use for them
-    used = (corpus.group == 0) | spec.extra
-    pairs = corpus.pairs[used & (corpus.line <= args.max_lines[k])]  # (n, 2)
+    pairs = stage_pairs(run, stage)
     loss_at, steps = stage_batches(run, stage, model, corpus, pairs, source, args.epochs[k])
     dev_loss = None
     if run.dev:
@@ -502,6 +503,12 @@ def train_stage(run, stage, sources, start, leaves):
     )
     fit(run, f"stage {stage}", model, steps, args.lr[k], loss_at, dev_loss)
     return run.build(leaves, lambda: model)
+
+
+def stage_pairs(run, stage):
+    """The pairs of the corpus that a stage trains on: (n, 2)."""
+    used = (run.corpus.group == 0) | msd.STAGES[stage].extra
+    return run.corpus.pairs[used & (run.corpus.line <= run.args.max_lines[stage - 1])]
 
 
 def stage_batches(run, stage, model, corpus, pairs, source, epochs=None):
@@ -635,7 +642,8 @@ def read_inputs(run):
         body = given.config
         if args.keep_vocab:
             data.always_kept(given.tokenizer, args.keep_vocab)
-        widths = f"vectors of width {body.width}, the teacher {args.teacher} has {teacher.width}"
+        named = args.teacher or "of the demo, as no --teacher is given,"
+        widths = f"vectors of width {body.width}, the teacher {named} has {teacher.width}"
         fix = "they are compared, so the widths must match"
         need(body.width == teacher.width, f"{args.assistant}: {widths}; {fix}")
     if args.stages != [1]:
@@ -646,7 +654,7 @@ def read_inputs(run):
             if not made.exists():
                 demo.write_demo(made)
         # run.json says that they were not given.
-        args.train, args.dev = ([str(made / x / "en-*.tsv")] for x in ("train", "dev"))
+        args.train, args.dev = ([f"{glob.escape(str(made / x))}/*.tsv"] for x in ("train", "dev"))
         args.sts = made / "sts"
     run.sts = data.read_sts(args.sts) if args.sts else {}
     train, extra, dev = (expand(getattr(args, x), f"--{x}") for x in ("train", "extra", "dev"))
@@ -657,6 +665,9 @@ def read_inputs(run):
         run.dev = data.build_corpus(dev, args.cache, (), args.max_chars) if dev else None
     for line in run.corpus.describe(most):
         run.say(line)
+    for k in args.stages:
+        dropped = f"all lines of --train up to --max-lines {args.max_lines[k - 1]} were dropped"
+        need(stage_pairs(run, k).size, f"stage {k} has no pairs: {dropped}")
 
 
 def begin(run):
@@ -841,18 +852,23 @@ def bootstrap(sets, a, b, n=1000, seed=0):
 
 # -------------------------------------------------------------------------------------- the table
 def finish(run, models):
-    """Read the test sets, once, for models {row: folder}; write results.json, print, clear up."""
+    """Read the test sets, once, for models {row: folder}; write results.json, print, clear up.
+
+    Raises: InputError where the assistant, with which all is compared, is gone.
+    """
+    need("assistant" in models, f"{run.out / 'assistant'}: not there, but the table needs it")
     rows, cosines = {}, {}
     dev = run.dev.by_language() if run.dev else {}
     teacher = run.load(models["teacher"])
     goals = {k: teacher.encode(english, normalize=False) for k, (english, _) in dev.items()}
-    made_by = M.fingerprint(models["teacher"])
     for label, folder in models.items():
         begun = time.monotonic()
         sets, pairs = run.sts, dev
         if label == "teacher":  # it knows English alone
             sets, pairs = {k: v for k, v in sets.items() if k == "en-en"}, {}
-        rows[label], cosines[label] = scores_of(run, folder, sets, pairs, goals, made_by)
+        model = run.load(folder)
+        rows[label], cosines[label] = evaluate(model, sets, pairs, goals)
+        rows[label]["sizes"] = M.ledger(model.config)
         run.say(f"evaluated {label} ({time.monotonic() - begun:.0f} s)")
     last = list(models)[-1]
     compared = run.sts and last != "assistant"
@@ -873,27 +889,6 @@ def finish(run, models):
     if not run.args.keep:
         M.delete(run.out / "stages")
     run.say(table(results))
-
-
-def scores_of(run, folder, sets, dev, goals, made_by):
-    """evaluate() of the model in a folder, made once: runs of several seeds share an assistant.
-
-    made_by: the fingerprint of the teacher whose vectors the goals are.
-    """
-    code = (Path(module.__file__) for module in (M, data, sys.modules[__name__]))
-    texts = [(k, a, b, gold.tolist()) for k, (a, b, gold) in sets.items()], dev
-    how = run.args.device.split(":")[0], run.args.dtype, run.args.max_tokens
-    key = M.digest(*code, texts, made_by, M.fingerprint(folder), how)
-    file = Path(run.args.cache, f"scores-{key}.json")
-    if not file.exists():
-        model = run.load(folder)
-        row, cosines = evaluate(model, sets, dev, goals)
-        row["sizes"] = M.ledger(model.config)
-        with M.atomic(file) as tmp:
-            tmp.write_text(json.dumps([row, {k: c.tolist() for k, c in cosines.items()}]), "utf-8")
-    with M.reading(file, "a whole cache entry", "; delete it and run again"):
-        row, cosines = M.read_json(file, list)
-        return row, {k: np.array(c) for k, c in cosines.items()}
 
 
 def table(results):
