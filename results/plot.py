@@ -1,8 +1,9 @@
-"""Draw mean Spearman against size: the student of each results.json, and the assistants as lines.
+"""Draw mean Spearman against size: the students of results.json files, assistants as lines.
 
-python results/plot.py results/curve.svg results/real/size-*.json results/real/all.json
+python results/plot.py results/curve.svg results/real/one-pass-*.json ...
 
-Needs matplotlib, which nothing else here does.
+Files of one size and as many steps are seeds of one student: their mean, with the deviation as a
+bar. Needs matplotlib, which nothing else here does.
 """
 
 import json
@@ -26,23 +27,30 @@ def means(row):
 
 
 def draw(out, files):
-    points, lines = [], []
+    students, lines = {}, []
     for file in files:
         with open(file, encoding="utf-8") as f:
-            rows = json.load(f)["rows"]
+            results = json.load(f)
+        rows = results["rows"]
         student = rows[[k for k in rows if k.startswith("student, stage")][-1]]
-        share = student["sizes"]["total"] / rows["assistant"]["sizes"]["total"]
-        points.append((100 * share, *means(student)))
-        lines.append(means(rows["assistant"]))
+        steps = sum(stage["steps"] for stage in results["stages"])
+        students.setdefault((student["sizes"]["total"], steps), []).append(means(student))
+        lines.append(means(rows["assistant, given" if "assistant, given" in rows else "assistant"]))
     rcParams.update({"svg.hashsalt": "msd", "svg.fonttype": "none"})  # the same bytes each time
     figure = Figure((6, 3.5), layout="constrained")
-    ax, points = figure.subplots(), np.array(sorted(points))
+    ax = figure.subplots()
+    millions = [size / 1e6 for size, _ in sorted(students)]
+    seeds = [np.array(students[key]) for key in sorted(students)]  # (n, 2) each
     for i, name in enumerate(("monolingual", "cross-lingual")):
         color = f"C{i}"
-        ax.plot(points[:, 0], points[:, i + 1], "o", color=color, label=f"student, {name}")
+        mean = [x[:, i].mean() for x in seeds]
+        bars = [x[:, i].std(ddof=1) if len(x) > 1 else 0 for x in seeds]
+        ax.errorbar(millions, mean, bars, fmt="o", color=color, capsize=3, label=f"student, {name}")
         level = np.mean([x[i] for x in lines])
         ax.axhline(level, color=color, linestyle=":", label=f"assistant, {name}")
-    ax.set(xlabel="parameters, % of the assistant's", ylabel="mean Spearman x 100", xlim=(0, 105))
+    ax.set(xlabel="parameters, millions", ylabel="mean Spearman x 100", xscale="log")
+    ax.set_xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
+    ax.minorticks_off()
     ax.legend(fontsize="small")
     figure.savefig(out, metadata={"Date": None} if out.endswith(".svg") else None)
 
