@@ -1679,6 +1679,10 @@ def test_audit_table_of_the_readme():
         assert all(callable(globals().get(t)) for t in re.findall(r"`(\w+)`", tests)), tests
 
 
+def test_layers_by_number():
+    assert [train.layers(x) for x in ("3", "1,6,12", "12,")] == [(1, 2, 3), (1, 6, 12), (12,)]
+
+
 def test_presets_and_schedule():
     """The authors' configuration, literally, but the bottleneck's start; warm-up over 10 % of the
     steps, then linear to 0."""
@@ -1902,7 +1906,7 @@ except M.InputError as e:
         (["--dropout", "1.5"], "1.5: expected 0 or more, less than 1"),
         (["--seed", "x"], "invalid int value: 'x'"),
         (["--layers", "0"], "argument --layers: '0': expected 1 or more"),
-        (["--layers", "1,"], "argument --layers: '1,': expected 1 or more, or numbers"),
+        (["--layers", "1,,"], "argument --layers: '1,,': expected 1 or more, or numbers"),
         (["--device", "nonsense"], "is not usable here"),
         (["--device", "mps"], "is not usable here"),
         (["--layers", "9"], "--layers 9: expected 1 to 4"),

@@ -74,11 +74,11 @@ def stages(text):
 
 
 def layers(text):
-    """A type for argparse: 3 -> (1, 2, 3), the first three layers; 1,6,12 -> those."""
-    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", text):
+    """A type for argparse: 3 -> (1, 2, 3), the first three layers; 1,6,12 -> those; 12, -> it."""
+    if not re.fullmatch(r"([1-9]\d{0,3},)*[1-9]\d{0,3},?", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more, or numbers, as 1,6,12")
-    numbers = tuple(map(int, text.split(",")))
-    return numbers if len(numbers) > 1 else tuple(range(1, numbers[0] + 1))
+    numbers = tuple(map(int, text.strip(",").split(",")))
+    return numbers if "," in text else tuple(range(1, numbers[0] + 1))
 
 
 def parser():
@@ -98,7 +98,7 @@ def parser():
     add = ap.add_argument_group("sizes").add_argument
     add("--preset", choices=msd.PRESETS, help="demo without --train, minilm with it")
     add("--bottleneck", type=number(int, 0), help="B, width of the word table; 0: full, no stage 2")
-    add("--layers", type=layers, help="K, unique layers, the assistant's first; or which: 1,6,12")
+    add("--layers", type=layers, help="K, unique layers, the first ones; or which: 1,6,12; 12,")
     add("--recurrence", type=number(int, 1, 1000), help="R, times they run; speed follows K x R")
     add("--vocab", type=number(int, 100), help="pieces learnt here; more helps across languages")
     add("--keep-vocab", type=number(int, 1), help="pieces of --assistant to keep, most used first")
