@@ -6,6 +6,7 @@ Everything that is computed once is kept in a cache folder, as files named by a 
 were made from; all of it is safe to delete.
 """
 
+import codecs
 import gzip
 import hashlib
 import itertools
@@ -41,7 +42,11 @@ FORMATS = {  # what a file may be instead of text, by its first bytes, and what 
         "[print(*(' '.join(str(x).split()) for x in row[:2]), sep='\\t') "
         'for row in pandas.read_parquet(d).values]"',
     ),
-    b"PK\x03\x04": ("zip", "funzip"),
+    b"PK\x03\x04": (
+        "zip",  # of all that is in it
+        'python -c "import io, sys, zipfile; d = io.BytesIO(sys.stdin.buffer.read()); '
+        'z = zipfile.ZipFile(d); [sys.stdout.buffer.write(z.read(n)) for n in z.namelist()]"',
+    ),
     b"BZh": ("bzip2", "bzcat"),
     b"\xfd7zXZ": ("xz", "xzcat"),
     b"\x28\xb5\x2f\xfd": ("zstd", "zstdcat"),
@@ -85,8 +90,8 @@ def read_lines(path):
                     yield number, None, f"longer than {LINE_LIMIT} bytes"
                     continue
                 try:
-                    text = line.decode("utf-8-sig").rstrip("\r\n")  # joined files have more BOMs
-                    yield number, text, None
+                    line = line.removeprefix(codecs.BOM_UTF8)  # joined files have more than one
+                    yield number, line.decode("utf-8").rstrip("\r\n"), None
                 except UnicodeDecodeError as e:
                     yield number, None, f"not UTF-8 ({e.reason} at byte {e.start})"
     except FileNotFoundError:
@@ -278,8 +283,8 @@ def build_corpus(files, cache, extra=(), max_chars=250, max_lines=None):
     extra: files for stages 2 and 3 alone. File order does not matter.
     Raises: InputError if nothing is left to use.
     """
-    files = [(f, 0) for f in files] + [(f, 1) for f in extra if f not in files]
-    files = sorted((Path(f).name, digest(Path(f)), group, str(f)) for f, group in set(files))
+    once = {Path(f).resolve(): (f, group) for group, some in ((1, extra), (0, files)) for f in some}
+    files = sorted((Path(f).name, digest(Path(f)), group, str(f)) for f, group in once.values())
     key = digest(3, [f[:3] for f in files], max_chars, max_lines)
     folder = Path(cache) / f"corpus-{key}"
     if not folder.exists():

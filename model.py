@@ -62,10 +62,11 @@ def note(text):
 
 def delete(path):
     """Delete a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # another process may do the same
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -299,8 +300,9 @@ def read_config(file, modules, pad_id, shapes):
     raw = {f.name: f.default for f in fields(Config)} | {"type_vocab_size": 2}  # as in others' BERT
     beside = file.with_name("tokenizer_config.json")
     limit = read_json(beside).get("model_max_length") if beside.exists() else None
-    raw["max_seq_length"] = limit if is_count(limit, 2**31) else 2**30  # others write 1e30 for none
-    raw |= {k: v[0] for k, v in said.items()}
+    if is_count(limit, 2**31):  # others write 1e30 for none
+        said.setdefault("max_seq_length", (limit, beside))
+    raw |= {"max_seq_length": 2**30} | {k: v[0] for k, v in said.items()}
 
     def check(ok, name, expected):
         value, place = said.get(name, (None, file))
@@ -328,6 +330,10 @@ def read_config(file, modules, pad_id, shapes):
     raw |= {"num_hidden_layers": K, "recurrence": R, "bottleneck_size": B, "pad_token_id": pad_id}
     raw |= {"max_position_embeddings": P, "dense": tuple(map(tuple, raw["dense"]))}
     config = Config(**{f.name: raw[f.name] for f in fields(Config)})
+    cut = raw.get("truncate_dim", config.width)
+    check(
+        is_count(cut) and cut >= config.width, "truncate_dim", f"none, or {config.width} and more"
+    )
     longest = min(config.max_seq_length, P - config.first_position)
     check(longest > 2, "max_seq_length", f"over 2, within the {P} positions in the weights")
     return replace(config, max_seq_length=longest)
@@ -379,29 +385,33 @@ def read_modules(root):
     said["pooling"] = _read_pooling(pooling / "config.json"), pooling / "config.json"
     maps, files = [], [folder / "config.json" for folder in dense]
     for at, raw in zip(files, map(read_json, files)):
-        need(not raw.get("use_residual"), f"{at}: use_residual is true, which is not supported")
+        for key in ("use_residual", "module_input_name", "module_output_name"):
+            usual = raw.get(key) in (None, False, "sentence_embedding")
+            need(usual, f"{at}: {key} is {raw.get(key)!r}, which is not supported")
         activation = str(raw.get("activation_function", "Tanh")).rsplit(".", 1)[-1].lower()
         maps.append([raw.get("out_features"), activation, raw.get("bias", True)])
     said["dense"] = maps, ", ".join(map(str, files)) or file
     settings = read_json(prompts) if prompts.exists() else {}
     with reading(prompts, "prompts by name"):
-        name, known = settings.get("default_prompt_name"), settings.get("prompts") or {}
-        need(name is None or name in known, f"default_prompt_name {name!r} is not among them")
-        said["prompt"] = known.get(name, ""), prompts
-    cut = settings.get("truncate_dim")
-    need(cut is None, f"{prompts}: truncate_dim {cut!r} is not supported")
+        known = {None: "", "query": "", "document": ""} | (settings.get("prompts") or {})
+        name = settings.get("default_prompt_name")
+        need(name in known, f"default_prompt_name {name!r} is not among them")
+        said["prompt"] = known[name], prompts
+    said["truncate_dim"] = settings.get("truncate_dim"), prompts
+    whole = not said["prompt"][0] or read_json(pooling / "config.json").get("include_prompt", True)
+    need(whole, f"{said['pooling'][1]}: include_prompt is false, which is not supported")
     beside = body / "sentence_bert_config.json"
     lengths = read_json(beside) if beside.exists() else {}
     for name in lengths.keys() & {"max_seq_length", "do_lower_case"}:
         said[name] = lengths[name], beside
+    odd = lengths.get("processing_kwargs")
+    need(not odd, f"{beside}: processing_kwargs {odd!r}: not supported")
     return body, dense, said
 
 
 def _read_pooling(file):
     """The pooling that a Pooling module's config.json switches on; a list, if not just one."""
     raw = read_json(file)
-    whole = raw.get("include_prompt", True)
-    need(whole, f"{file}: include_prompt is {whole!r}; only true is supported")
     modes = [k for k, v in raw.items() if k.startswith("pooling_mode_") and v is not False]
     modes = [str(raw["pooling_mode"])] if "pooling_mode" in raw else modes  # the newer form
     modes = [re.sub("^pooling_mode_|_tokens?$", "", mode) for mode in modes]
@@ -419,10 +429,10 @@ class Narrow:
         """Make room for int8 rows, in buffers, as parameters must be floating."""
         weight = state.get(f"{prefix}weight")
         if weight is not None and weight.dtype == torch.int8:
-            rows = torch.empty(self.weight.shape, dtype=torch.int8, device="meta")
+            size, device = self.weight.shape, self.weight.device
             del self.weight
-            self.register_buffer("weight", rows)
-            self.register_buffer("scale", torch.empty(len(rows), device="meta"))
+            self.register_buffer("weight", torch.empty(size, dtype=torch.int8, device=device))
+            self.register_buffer("scale", torch.empty(size[0], device=device))
         super()._load_from_state_dict(state, prefix, *how)
 
 
@@ -815,8 +825,9 @@ def from_hf(tensors, place):
             for ours, theirs in NAMES.items():
                 name = name.replace(theirs, ours, 1)
             need(name not in out, f"{name} is there twice")
-            numbers = t.is_floating_point() or t.dtype == torch.int8
-            need(numbers, f"{name} has dtype {t.dtype}, expected a floating one or int8")
+            rows = t.dtype == torch.int8 and name.endswith("weight")
+            numbers = t.is_floating_point() or rows
+            need(numbers, f"{name} has dtype {t.dtype}, expected a floating one, or int8 weights")
             out[name] = t
     table = out.get("embeddings.word.weight")
     need(table is not None and table.dim() == 2, f"no 2-dimensional {TABLE}")
@@ -993,7 +1004,7 @@ def unroll(model):
 
 
 def write_extras(model, folder, plain):
-    """What other programs look for beside our three files."""
+    """What other programs look for beside our own files."""
     c = model.config
     home, files, kinds = "model", {}, ["SentenceEncoder"]
     if plain:

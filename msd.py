@@ -264,7 +264,10 @@ def with_vocabulary(encoder, tokenizer, table, pad_id, **changes):
     """The same body with a new vocabulary: a tokenizer, its word table (V, H) and its pad id."""
     c = encoder.config
     same = c.model_type == "bert" or pad_id == c.pad_token_id
-    need(same, "the pad token would move, and with it what counts positions; give a BERT")
+    moved = (
+        f"the pad token would move from id {c.pad_token_id} to {pad_id}, and with it what counts"
+    )
+    need(same, f"{moved} positions: --teacher or --assistant is a {c.model_type}; give a bert")
     c = replace(c, vocab_size=len(table), pad_token_id=pad_id, **changes)
     model = Encoder(c, tokenizer, encoder.dtype)
     model.load_state_dict(encoder.state_dict() | {"embeddings.word.weight": table})

@@ -1230,6 +1230,8 @@ def folder(tokenizer, tmp_path):
 
 def test_sentence_transformers_directory(folder, tmp_path):
     root, m = folder
+    raw = json.loads((root / "tokenizer.json").read_text("utf-8"))
+    write(root / "tokenizer.json", json.dumps(raw | {"normalizer": {"type": "NFKC"}}))
     got = M.load(root, "float32")
     assert got.config.normalize and got.config.max_seq_length == 20 and got.config.pooling == "mean"
     assert np.array_equal(got.tokenize(["A MAN"])[0], got.tokenize(["a man"])[0])
@@ -1376,6 +1378,12 @@ def test_vocabulary_larger_than_the_table(tokenizer, tmp_path):
     bigger["model"]["vocab"]["zzz"] = len(tokenizer.get_vocab())
     write(tmp_path / "m" / "tokenizer.json", json.dumps(bigger))
     with pytest.raises(M.InputError, match="token ids up to .* but the word table has"):
+        M.load(tmp_path / "m")
+    pieces = [["<s>", 0.0], ["<pad>", 0.0], ["</s>", 0.0], ["<unk>", -9.0]]
+    pieces += [[f"▁{i}", -9.0] for i in range(497)]
+    bigger["model"] = {"type": "Unigram", "unk_id": 3, "vocab": pieces}
+    write(tmp_path / "m" / "tokenizer.json", json.dumps(bigger))
+    with pytest.raises(M.InputError, match="token ids up to 500, but the word table has 500 rows"):
         M.load(tmp_path / "m")
 
 
@@ -1941,12 +1949,13 @@ def test_widths_must_match(world, tokenizer, tmp_path):
 
 
 def test_which_pairs_a_stage_trains_on(world, tmp_path, capsys):
-    """--extra is for stages 2 and 3 alone, --max-lines for each; a file in both counts once; a
+    """--extra is for stages 2 and 3 alone, --max-lines for each; a file of both counts once; a
     stage that would have none stops the run before any work. Names may hold brackets."""
     place = tmp_path / "a [1]"
     files = [tsv(place, n) / "en-de.tsv" for n in (40,)]
     more = write(place / "en-tr.tsv", "one\tbir\ntwo\tiki\n")
-    flags = ["--train", *files, "--extra", more, files[0], "--max-lines", "40,10,40,5"]
+    twice = place / ".." / place.name / files[0].name
+    flags = ["--train", *files, "--extra", more, twice, "--max-lines", "40,10,40,5"]
     run = train.Run(train.parse(command(world, tmp_path / "x", *flags)[2:]))
     train.read_inputs(run)
     assert [len(train.stage_pairs(run, k)) for k in (1, 2, 3, 4)] == [40, 12, 42, 5]
@@ -2374,6 +2383,8 @@ def test_damaged_int8(exported, tmp_path):
         ("encoder.layer.7.output.dense.scale", torch.ones(128), "num_hidden_layers"),
         ("embeddings.word_embeddings.scale", None, "Missing.*embeddings.word.scale"),
         ("embeddings.LayerNorm.scale", torch.ones(128), "embeddings.norm.scale"),
+        ("encoder.layer.0.attention.self.query.weight", torch.ones(128, 128), "several dtypes"),
+        ("encoder.layer.0.output.dense.scale", torch.ones(128).to(torch.int8), "int8 weights"),
     ):
         kept = {k: v for k, v in {**tensors, name: value}.items() if v is not None}
         M.write_safetensors(tmp_path / "model.safetensors", kept)
@@ -2700,9 +2711,11 @@ def test_dense_and_prompt(folder, tmp_path):
 @pytest.mark.parametrize(
     "name, changes, message",
     [
-        ("2_Dense/config.json", {"use_residual": True}, "use_residual is true"),
-        ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt is False"),
-        ("config_sentence_transformers.json", {"truncate_dim": 8}, "truncate_dim 8"),
+        ("2_Dense/config.json", {"use_residual": True}, "use_residual is True"),
+        ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "module_input_name"),
+        ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt is false"),
+        ("config_sentence_transformers.json", {"truncate_dim": 8}, "truncate_dim is 8"),
+        ("sentence_bert_config.json", {"processing_kwargs": {"text": {}}}, "processing_kwargs"),
         ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "'q' is not among"),
     ],
 )
@@ -2711,8 +2724,16 @@ def test_settings_that_would_change_the_vectors_are_refused(folder, name, change
     modules = json.loads((root / "modules.json").read_text())
     modules.insert(2, {"path": "2_Dense", "type": "sentence_transformers.models.Dense"})
     write(root / "modules.json", json.dumps(modules))
+    layer = {"linear.weight": torch.eye(32), "linear.bias": torch.zeros(32)}
     write(root / "2_Dense" / "config.json", json.dumps({"out_features": 32}))
-    write(root / "config_sentence_transformers.json", "{}")
+    M.write_safetensors(root / "2_Dense" / "model.safetensors", layer)
+    harmless = {"truncate_dim": 32, "default_prompt_name": "query", "prompts": None}
+    write(root / "config_sentence_transformers.json", json.dumps(harmless))
+    edit(root / "1_Pooling" / "config.json", include_prompt=False)
+    assert M.load(root).config.prompt == ""
+    edit(root / "config_sentence_transformers.json", prompts={"query": "query: "})
+    edit(root / "1_Pooling" / "config.json", include_prompt=True)
+    assert M.load(root).config.prompt == "query: "
     edit(root / name, **changes)
     with pytest.raises(M.InputError, match=f"{name}: .*{message}"):
         M.load(root)
@@ -2730,6 +2751,9 @@ def test_limit_and_pad_token_of_tokenizer_config(folder, tokenizer, tmp_path):
     assert m.config.max_seq_length == 9 and m.config.pad_token_id == 1
     m.save(tmp_path / "again")
     assert M.load(tmp_path / "again").config == m.config
+    edit(root / "tokenizer_config.json", model_max_length=2)
+    with pytest.raises(M.InputError, match="tokenizer_config.json: max_seq_length is 2, expected"):
+        M.load(root)
     edit(root / "tokenizer_config.json", model_max_length=int(1e30))
     assert M.load(root).config.max_seq_length == 66
 
@@ -2770,7 +2794,7 @@ def test_other_families_name_teachers_that_work(folder, name):
         ("en-de.utf16.tsv", "is UTF-16;.*iconv"),
         ("en-de.three-columns.tsv", "Keep two columns.*cut -f1,2"),
         ("en-de.parquet", "is parquet.*pandas"),
-        ("en-de.tsv.zip", "is zip.*funzip"),
+        ("en-de.tsv.zip", "is zip.*zipfile"),
     ],
 )
 def test_files_that_are_no_pairs(name, message):
@@ -2809,6 +2833,7 @@ def test_packed_files_are_recognised(tmp_path, module, name):
     file = tmp_path / "en-de.tsv"
     if module == "zipfile":
         with importlib.import_module(module).ZipFile(file, "w") as z:
+            z.writestr("LICENSE", "free\n")
             z.writestr("en-de.tsv", GOOD)
     else:
         write(file, importlib.import_module(module).compress(GOOD.encode()))
@@ -2817,7 +2842,7 @@ def test_packed_files_are_recognised(tmp_path, module, name):
     command = str(e.value).split("Convert it: ")[1]
     if shutil.which(command.split(" | ")[1].split()[0]):
         subprocess.run(command, shell=True, check=True)
-        assert len(list(data.read_pairs(tmp_path / "text-en-de.tsv", {}))) == 300
+        assert len(list(data.read_pairs(tmp_path / "text-en-de.tsv", {}))) == 300  # not LICENSE
     with pytest.raises(M.InputError, match="is zstd"):
         list(data.read_pairs(write(file, b"\x28\xb5\x2f\xfd" + bytes(range(90))), {}))
 

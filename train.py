@@ -856,7 +856,8 @@ def finish(run, models):
 
     Raises: InputError where the assistant, with which all is compared, is gone.
     """
-    need("assistant" in models, f"{run.out / 'assistant'}: not there, but the table needs it")
+    lost = f"{run.out / 'assistant'}: not there, but the table needs it; put it back, or delete"
+    need("assistant" in models, f"{lost} {run.out} to start over")
     rows, cosines = {}, {}
     dev = run.dev.by_language() if run.dev else {}
     teacher = run.load(models["teacher"])

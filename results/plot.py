@@ -46,8 +46,8 @@ def draw(out, files):
         mean = [x[:, i].mean() for x in seeds]
         bars = [x[:, i].std(ddof=1) if len(x) > 1 else 0 for x in seeds]
         ax.errorbar(millions, mean, bars, fmt="o", color=color, capsize=3, label=f"student, {name}")
-        level = np.mean([x[i] for x in lines])
-        ax.axhline(level, color=color, linestyle=":", label=f"assistant, {name}")
+        for level in {round(x[i], 1) for x in lines}:
+            ax.axhline(level, color=color, linestyle=":", label=f"assistant, {name}")
     ax.set(xlabel="parameters, millions", ylabel="mean Spearman x 100", xscale="log")
     ax.set_xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
     ax.minorticks_off()
