@@ -382,7 +382,8 @@ def read_modules(root):
     need(fits, f"{file}: modules {names!r}, expected {known}; others are not supported")
     body, pooling, *dense = [folder for name, folder in modules if name != "Normalize"]
     said = {"normalize": (names.endswith("Normalize"), file)}
-    said["pooling"] = _read_pooling(pooling / "config.json"), pooling / "config.json"
+    pooled = read_json(pooling / "config.json")
+    said["pooling"] = _pooling_mode(pooled), pooling / "config.json"
     maps, files = [], [folder / "config.json" for folder in dense]
     for at, raw in zip(files, map(read_json, files)):
         for key in ("use_residual", "module_input_name", "module_output_name"):
@@ -398,7 +399,7 @@ def read_modules(root):
         need(name in known, f"default_prompt_name {name!r} is not among them")
         said["prompt"] = known[name], prompts
     said["truncate_dim"] = settings.get("truncate_dim"), prompts
-    whole = not said["prompt"][0] or read_json(pooling / "config.json").get("include_prompt", True)
+    whole = not said["prompt"][0] or pooled.get("include_prompt", True)
     need(whole, f"{said['pooling'][1]}: include_prompt is false, which is not supported")
     beside = body / "sentence_bert_config.json"
     lengths = read_json(beside) if beside.exists() else {}
@@ -409,9 +410,8 @@ def read_modules(root):
     return body, dense, said
 
 
-def _read_pooling(file):
+def _pooling_mode(raw):
     """The pooling that a Pooling module's config.json switches on; a list, if not just one."""
-    raw = read_json(file)
     modes = [k for k, v in raw.items() if k.startswith("pooling_mode_") and v is not False]
     modes = [str(raw["pooling_mode"])] if "pooling_mode" in raw else modes  # the newer form
     modes = [re.sub("^pooling_mode_|_tokens?$", "", mode) for mode in modes]

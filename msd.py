@@ -215,10 +215,11 @@ def make_assistant(teacher, tokenizer, english=(), translations=()):
     share in align(); one that English uses, too, at the mean of both starts, by links and tokens.
     """
     word = teacher.embeddings.word.weight.float()  # (V of the teacher, H)
-    pieces = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
+    vocab = tokenizer.get_vocab()
+    pieces = sorted(vocab, key=vocab.get)
     texts = [p.replace("▁", " ") for p in pieces]  # the space matters to a RoBERTa teacher
     spelling = teacher.tokenizer.encode_batch(texts, add_special_tokens=False)
-    V, pad_id = len(pieces), tokenizer.token_to_id("<pad>")
+    V, pad_id = len(vocab), vocab["<pad>"]
     empty = word.new_zeros(1).expand(V, word.shape[1])  # filled below
     model = with_vocabulary(teacher, tokenizer, empty, pad_id, normalize=False, prompt="")
 
@@ -239,11 +240,11 @@ def make_assistant(teacher, tokenizer, english=(), translations=()):
     table, total = mix @ word, mix @ torch.ones(len(word), 1)  # (V, H), (V, 1)
     table = torch.where(total > 0, table / total, word.mean(0))  # (V, H)
     start, *_, end = teacher.tokenizer.encode("").ids
-    known = teacher.tokenizer.get_vocab()
+    unknown = map(teacher.tokenizer.token_to_id, ("[UNK]", "<unk>"))
     rows = [("<s>", start), ("</s>", end)]
-    rows += [("<unk>", known[name]) for name in ("[UNK]", "<unk>") if name in known]
+    rows += [("<unk>", row) for row in unknown if row is not None]
     for name, row in rows:
-        table[tokenizer.token_to_id(name)] = word[row]
+        table[vocab[name]] = word[row]
     table[pad_id] = 0
     model.embeddings.word.weight.copy_(table)
     return model
@@ -264,10 +265,9 @@ def with_vocabulary(encoder, tokenizer, table, pad_id, **changes):
     """The same body with a new vocabulary: a tokenizer, its word table (V, H) and its pad id."""
     c = encoder.config
     same = c.model_type == "bert" or pad_id == c.pad_token_id
-    moved = (
-        f"the pad token would move from id {c.pad_token_id} to {pad_id}, and with it what counts"
-    )
-    need(same, f"{moved} positions: --teacher or --assistant is a {c.model_type}; give a bert")
+    move = f"from id {c.pad_token_id} to {pad_id}, and with it what counts positions"
+    fix = f"--teacher or --assistant is a {c.model_type}; give a bert"
+    need(same, f"the pad token would move {move}: {fix}")
     c = replace(c, vocab_size=len(table), pad_token_id=pad_id, **changes)
     model = Encoder(c, tokenizer, encoder.dtype)
     model.load_state_dict(encoder.state_dict() | {"embeddings.word.weight": table})
