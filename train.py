@@ -37,7 +37,7 @@ import data
 import model as M
 import msd
 from demo import corpus as demo
-from model import InputError, need, put
+from model import need, put
 
 SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
 EVALS = 4  # dev readings a stage; the best one's weights are kept
@@ -54,9 +54,10 @@ def number(kind, low, below=math.inf, by_stage=False):
     def parse(text):
         values = tuple(map(kind, text.split(",") if by_stage else [text]))
         if len(values) not in (1, stages) or not all(low <= x < below for x in values):
-            limit = f", less than {below}" if below < math.inf else ""
             each = f"; one value, or {stages} with commas" if by_stage else ""
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more{limit}{each}")
+            raise argparse.ArgumentTypeError(
+                f"{text}: expected {low} or more, less than {below}{each}"
+            )
         return values * (stages // len(values)) if by_stage else values[0]
 
     parse.__name__ = kind.__name__  # what argparse calls it in its error
@@ -75,9 +76,7 @@ def stages(text):
 
 def layers(text):
     """A type for argparse: 3 -> (1, 2, 3), the first three layers; 1,6,12 -> those; 12, -> it."""
-    if not re.fullmatch(r"([1-9]\d{0,3},)*[1-9]\d{0,3},?", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more, or numbers, as 1,6,12")
-    numbers = tuple(map(int, text.strip(",").split(",")))
+    numbers = tuple(map(int, text.removesuffix(",").split(",")))  # msd.check_sizes does the rest
     return numbers if "," in text else tuple(range(1, numbers[0] + 1))
 
 
@@ -150,15 +149,13 @@ def parse(argv):
 
 def usable_device(name):
     """cpu, or a GPU by its full name. Raises: InputError where it is not here."""
-    m = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
-    need(m, f"--device {name} is not usable here; give cpu or cuda")
-    if name == "cpu":
-        return name
-    index = int(os.environ.get("LOCAL_RANK", m[1] or 0))  # each process of torchrun has its own
-    has = index < torch.cuda.device_count()
-    need(has, f"--device {name}: no GPU {index} here; start fewer processes, or give cpu")
-    torch.cuda.set_device(index)
-    return f"cuda:{index}"
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "cuda":  # each process of torchrun has its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    need(name in here, f"--device {name} is not usable here; there is {', '.join(here)}")
+    if name != "cpu":
+        torch.cuda.set_device(name)
+    return name
 
 
 def expand(patterns, flag):
@@ -180,8 +177,7 @@ class Run:
     def __init__(self, args):
         self.args, self.out = args, args.out
         self.world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-        self.group = None
-        self.rank = int(os.environ["RANK"]) if self.world > 1 else 0
+        self.rank = int(os.environ.get("RANK", 0))
         # Where the last model is there, only the table is missing; what came before may be gone.
         self.trained = Path(args.out, "assistant" if args.stages == [1] else "student").exists()
         if self.world > 1:
@@ -221,8 +217,7 @@ class Run:
             dist.barrier(self.group)
 
     def build(self, folder, make):
-        """The folder of a model, make(), which the first process saves if it is not there; nobody
-        goes on before it has."""
+        """The folder of a model, make(), which the first process saves if it is not there."""
         with self.first() as mine:
             if mine and not (folder.exists() or self.trained):
                 make().save(folder)
@@ -243,23 +238,6 @@ def keep_memory():
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def take(folder):
-    """Lock a run's folder against a second command. Raises: InputError if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w", encoding="utf-8")
-        with contextlib.suppress(ImportError):  # Windows: a second command goes unnoticed
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    except BlockingIOError:
-        busy = "another process is working on this run; wait for it, or choose another --out"
-        raise InputError(f"{folder}: {busy}") from None
-    except (OSError, ValueError) as e:
-        raise InputError(f"--out {folder}: not a folder that can be written ({e})") from None
-
-
 def same_run(run):
     """What this run is: its settings, and the names and content of its files. Raises: InputError if
     it began as another, with both values."""
@@ -270,16 +248,14 @@ def same_run(run):
     if args.sts:
         files["sts"] = [f for f in Path(args.sts).glob("[!.]*") if f.is_file()]
     now |= {flag: sorted((f.name, M.digest(f)) for f in some) for flag, some in files.items()}
-    for flag in ("teacher", "assistant"):
-        if folder := now[flag]:
-            now[flag] = Path(folder).name, M.fingerprint(folder)
+    models = {k: now[k] for k in ("teacher", "assistant") if now[k]}
+    now |= {flag: (Path(f).name, M.fingerprint(f)) for flag, f in models.items()}
     now = json.loads(json.dumps(now))  # as a file gives it back
     before = M.read_json(file) if file.exists() else now
     for key in sorted(now | before):
         was, new = before.get(key), now.get(key)
         began = f"{run.out}: this run was started with {key} {was!r}, now it is {new!r}"
-        fix = "Give the old value, or the revision of this code that began it, to continue; choose"
-        need(was == new, f"{began}. {fix} another --out, or delete this folder to start over")
+        need(was == new, f"{began}. Give the old value to continue, or choose another --out")
     return now
 
 
@@ -336,8 +312,6 @@ def deferred_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if caught:  # after the last step had asked
-        signal.raise_signal(caught[0])
 
 
 def rate_at(step, steps):
@@ -352,11 +326,8 @@ def make_optimizer(model, lr):
     for name, q in model.named_parameters():
         plain = name.endswith("bias") or "norm" in name
         (others if plain else decayed).append(q)
-    groups = [
-        {"params": decayed, "weight_decay": msd.WEIGHT_DECAY},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, eps=msd.ADAM_EPS, fused=True)
+    groups = [{"params": decayed, "weight_decay": msd.WEIGHT_DECAY}, {"params": others}]
+    return torch.optim.AdamW(groups, lr, eps=msd.ADAM_EPS, weight_decay=0.0, fused=True)
 
 
 # ----------------------------------------------------------------------------- checkpoint and log
@@ -402,11 +373,7 @@ class Training:
         tensors, meta = M.read_safetensors(self.file) if self.file.exists() else ({}, {})
         step = 0
         if meta.get("stage") == self.name:
-            fix = f"; delete it to begin {self.name} again"
-            with M.reading(self.file, "a whole checkpoint", fix):
-                found = {k: v.shape for k, v in tensors.items()}
-                wanted = {k: v.shape for k, v in self.tensors.items()}
-                need(found == wanted, "its tensors are not those of this model")
+            with M.reading(self.file, "a whole checkpoint", f"; delete it to redo {self.name}"):
                 for k, v in self.tensors.items():
                     v.copy_(tensors[k])
                 step, self.best_loss = int(meta["step"]), float(meta["best"])
@@ -420,10 +387,7 @@ class Training:
         return step
 
     def report(self, step, terms, norm, tokens):
-        """The log, some hundred times a stage, and the console.
-
-        Numbers are read from a GPU only where they are reported: reading makes the host wait.
-        """
+        """Log a hundred times a stage, no more: reading numbers makes the host wait for a GPU."""
         loss = sum(terms.values()).detach()
         done = step + 1
         self.health += loss + norm  # once it is not finite, it stays so
@@ -446,9 +410,8 @@ class Training:
 
     def check(self, step):
         """Raises: InputError if a loss was not finite, before anything is saved over."""
-        fix = "Choose a lower --lr and another --out"
         what = f"{self.name}: by step {step} the loss or the gradient norm is not finite"
-        need(math.isfinite(self.health), f"{what}. {fix}")
+        need(math.isfinite(self.health), f"{what}. Choose a lower --lr and another --out")
 
     def choose(self, step, loss):
         """Keep the weights if this dev loss is the best so far."""
@@ -514,29 +477,25 @@ def stage_pairs(run, stage):
 def stage_batches(run, stage, model, corpus, pairs, source, epochs=None):
     """(loss_at, steps) of a stage over these pairs (n, 2) of a corpus, for fit.
 
-    source: the folder of the encoder that gives the targets. epochs: passes, for training; without,
-    one pass for dev. Targets are computed for the sentences that will be seen, once, and read from
-    disk by step.
+    source: the folder of the encoder that gives the targets, made once of the sentences that will
+    be seen and read from disk by step. epochs: passes, for training; without, one for dev.
     """
     args, spec = run.args, msd.STAGES[stage]
     with run.first():
-        flat, starts = data.tokens(corpus, model, args.cache, M.meter("tokens", run.say))
+        flat, starts = data.tokens(corpus, model, args.cache)
     lengths = np.diff(starts)[pairs]  # (n, 2)
 
     @functools.lru_cache(1)
     def batches(epoch):
-        seed = args.seed, stage, epoch
-        return data.batch_order(lengths.max(1), args.batch[stage - 1], seed)
+        return data.batch_order(lengths.max(1), args.batch[stage - 1], (args.seed, stage, epoch))
 
     one_pass = batches(0)
     steps = math.ceil((epochs or 1) * len(one_pass))
     seen = pairs[np.concatenate(one_pass[:steps])]  # (m, 2)
     wanted = np.unique(seen if spec.own else seen[:, 0])
     name = M.fingerprint(source)
-    progress = M.meter(f"targets of stage {stage}", run.say)
     with run.first():
-        encoder = run.load(source)
-        targets = data.vectors(corpus, wanted, encoder, name, args.cache, spec.layers, progress)
+        targets = data.vectors(corpus, wanted, run.load(source), name, args.cache, spec.layers)
     net = model  # what the loss calls
     if epochs and run.world > 1:  # averages the gradients over the processes
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -599,19 +558,18 @@ def pipeline(run):
     """
     args, out, between = run.args, run.out, run.out / "stages"
     read_inputs(run)
-    begin(run)
     models = {"teacher": Path(args.teacher) if args.teacher else demo_teacher(run)}  # by row
     look_at_teacher(run, models["teacher"])
 
     # The assistant: given, or the teacher's body with a new vocabulary; stage 1 trains it.
     assistant = args.assistant and Path(args.assistant)
     if not assistant:
-        start = functools.partial(start_assistant, run, models["teacher"])
-        assistant = run.build(between / "assistant-start", start)
+        start = between / "assistant-start"
+        assistant = run.build(start, lambda: start_assistant(run, models["teacher"]))
     elif args.keep_vocab:
         models["assistant, given"] = assistant
         cut = between / "assistant-start" if 1 in args.stages else out / "assistant"
-        assistant = run.build(cut, functools.partial(start_cut_assistant, run))
+        assistant = run.build(cut, lambda: start_cut_assistant(run))
     if 1 in args.stages:
         models["assistant, untrained"] = assistant
         assistant = train_stage(run, 1, models, assistant, out / "assistant")
@@ -619,22 +577,19 @@ def pipeline(run):
 
     # The student: bottleneck, some of the assistant's layers; stages 2 to 4 train it.
     if student_stages := [k for k in args.stages if k > 1]:
-        start = functools.partial(start_student, run, assistant)
-        student = run.build(between / "student-start", start)
+        student = run.build(between / "student-start", lambda: start_student(run, assistant))
         models["student, untrained"] = student
         for k in student_stages:
             leaves = out / "student" if k == student_stages[-1] else between / f"stage{k}"
             student = train_stage(run, k, models, student, leaves)
             models[f"student, stage {k}"] = student
     if run.rank == 0:
-        finish(run, {row: folder for row, folder in models.items() if folder.exists()})
+        finish(run, models)
 
 
 def read_inputs(run):
-    """Set run.corpus, run.dev and run.sts, and say what they look like.
-
-    Raises: InputError for sizes that do not fit, before any work.
-    """
+    """Set run.corpus, run.dev and run.sts, say what they look like, and note in run.json what this
+    run is. Raises: InputError for sizes that do not fit, before any work."""
     args = run.args
     body = teacher = run.load(args.teacher).config if args.teacher else demo.TEACHER
     if args.assistant:
@@ -644,8 +599,7 @@ def read_inputs(run):
             data.always_kept(given.tokenizer, args.keep_vocab)
         named = args.teacher or "of the demo, as no --teacher is given,"
         widths = f"vectors of width {body.width}, the teacher {named} has {teacher.width}"
-        fix = "they are compared, so the widths must match"
-        need(body.width == teacher.width, f"{args.assistant}: {widths}; {fix}")
+        need(body.width == teacher.width, f"{args.assistant}: {widths}; the widths must match")
     if args.stages != [1]:
         msd.check_sizes(body, args.bottleneck, args.layers, args.recurrence)
     if not args.train:  # the built-in corpus, as files of the run
@@ -668,11 +622,7 @@ def read_inputs(run):
     for k in args.stages:
         dropped = f"all lines of --train up to --max-lines {args.max_lines[k - 1]} were dropped"
         need(stage_pairs(run, k).size, f"stage {k} has no pairs: {dropped}")
-
-
-def begin(run):
-    """Note what this run is, once its inputs are known: a mistyped path leaves nothing behind."""
-    if run.rank == 0 and not (run.out / "run.json").exists():
+    if run.rank == 0 and not (run.out / "run.json").exists():  # a mistyped path left none
         with M.atomic(run.out / "run.json") as tmp:
             tmp.write_text(json.dumps(run.identity, indent=1), "utf-8")
         run.log(data=run.corpus.report)
@@ -696,8 +646,7 @@ def look_at_teacher(run, folder):
     teacher, corpus = run.load(folder), run.corpus
     ids = np.random.default_rng(0).permutation(np.unique(corpus.pairs[:, 0]))[:4000]
     flat, starts = teacher.tokenize(corpus.texts(np.sort(ids)))
-    progress = M.meter("a look at the teacher", run.say)
-    norm, cosine, error = describe_vectors(teacher.embed(flat, starts, progress=progress))
+    norm, cosine, error = describe_vectors(teacher.embed(flat, starts))
     cut = (np.diff(starts) >= teacher.config.max_seq_length).mean()
     run.say(
         f"teacher: width {teacher.config.width}, mean norm {norm:.3f}, mean cosine of different "
@@ -720,10 +669,9 @@ def start_assistant(run, teacher_folder):
     args, corpus = run.args, run.corpus
     teacher = M.load(teacher_folder, "float32", "cpu", train=True)
     lower_case = np.array_equal(teacher.tokenize(["A"])[0], teacher.tokenize(["a"])[0])
-    run.say(f"vocabulary: learning {args.vocab:,} pieces")
-    tokenizer = data.vocabulary(corpus, args.vocab, lower_case, args.cache)
     some = np.random.default_rng(0).permutation(len(corpus.pairs))[: msd.ALIGNED_PAIRS]
-    run.say(f"vocabulary: its start from the alignment of {len(some):,} pairs")
+    run.say(f"vocabulary: {args.vocab:,} pieces, begun by the alignment of {len(some):,} pairs")
+    tokenizer = data.vocabulary(corpus, args.vocab, lower_case, args.cache)
     sides = (corpus.texts(side) for side in corpus.pairs[np.sort(some)].T)
     return msd.make_assistant(teacher, tokenizer, *sides)
 
@@ -752,7 +700,7 @@ def start_student(run, assistant_folder):
 
 def piece_counts(run, encoder, most=None):
     """How often the training text, or its first `most` tokens, use each piece: (V,)."""
-    ids, _ = data.tokens(run.corpus, encoder, run.args.cache, M.meter("tokens", run.say))
+    ids, _ = data.tokens(run.corpus, encoder, run.args.cache)
     return np.bincount(ids[:most], minlength=encoder.config.vocab_size)
 
 
@@ -789,8 +737,7 @@ def similarity_scores(encode, sets):
 def retrieval(x, y, block=1024):
     """Translation accuracy in both directions, in percent: x[i] and y[i] (n, H) are translations.
 
-    The nearest neighbour by cosine must be the right one. A tie counts as wrong, so equal vectors
-    cannot score.
+    The nearest neighbour by cosine must be the right one; ties are wrong: equal vectors score 0.
     """
     x, y = M.unit(x), M.unit(y)
 
@@ -828,16 +775,14 @@ def bootstrap(sets, a, b, n=1000, seed=0):
     {"all": [difference, low, high], "mono": ..., "cross": ...} of mean Spearman x 100, with the
     bounds of 95 % of n paired resamples of the sentence pairs. sets: data.read_sts; a, b:
     similarity_scores of the two. Sets of one length share their draws: the languages of STS
-    benchmark are translations of the same pairs, and drawing them apart would make the bounds too
-    narrow.
+    benchmark translate the same pairs, and drawing them apart would make the bounds too narrow.
     """
 
-    def mean(cosines, rows):  # (3,); rows: {length: numbers of pairs}
-        drawn = {k: (cosines[k], gold, rows[len(gold)]) for k, (_, _, gold) in sets.items()}
-        return mean_spearman({k: 100 * spearman(c[i], g[i]) for k, (c, g, i) in drawn.items()})
-
-    def difference(rows):
-        return np.subtract(mean(b, rows), mean(a, rows))
+    def difference(rows):  # (3,); rows: {length: numbers of pairs}
+        drawn = [(k, gold, rows[len(gold)]) for k, (_, _, gold) in sets.items()]
+        scores = ({k: 100 * spearman(c[k][i], g[i]) for k, g, i in drawn} for c in (a, b))
+        before, after = map(mean_spearman, scores)
+        return np.subtract(after, before)
 
     rng, sizes = np.random.default_rng(seed), sorted({len(s[2]) for s in sets.values()})
     whole = difference({m: np.arange(m) for m in sizes})
@@ -852,25 +797,21 @@ def bootstrap(sets, a, b, n=1000, seed=0):
 
 # -------------------------------------------------------------------------------------- the table
 def finish(run, models):
-    """Read the test sets, once, for models {row: folder}; write results.json, print, clear up.
-
-    Raises: InputError where the assistant, with which all is compared, is gone.
-    """
-    lost = f"{run.out / 'assistant'}: not there, but the table needs it; put it back, or delete"
-    need("assistant" in models, f"{lost} {run.out} to start over")
+    """Read the test sets, once, for models {row: folder}; write results.json, print, clear up."""
+    # What came before a trained model may be gone, but not the assistant: all is compared with it.
+    models = {k: f for k, f in models.items() if f.exists() or k == "assistant"}
     rows, cosines = {}, {}
     dev = run.dev.by_language() if run.dev else {}
     teacher = run.load(models["teacher"])
     goals = {k: teacher.encode(english, normalize=False) for k, (english, _) in dev.items()}
     for label, folder in models.items():
-        begun = time.monotonic()
         sets, pairs = run.sts, dev
         if label == "teacher":  # it knows English alone
             sets, pairs = {k: v for k, v in sets.items() if k == "en-en"}, {}
         model = run.load(folder)
         rows[label], cosines[label] = evaluate(model, sets, pairs, goals)
         rows[label]["sizes"] = M.ledger(model.config)
-        run.say(f"evaluated {label} ({time.monotonic() - begun:.0f} s)")
+        run.say(f"evaluated {label}")
     last = list(models)[-1]
     compared = run.sts and last != "assistant"
     git = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
@@ -938,8 +879,6 @@ def main(argv=None):
     args = parse(argv)
     run = Run(args)
     file = args.out / "results.json"
-    with run.first() as mine:
-        lock = take(args.out) if mine else None  # noqa: F841 - held until this function ends
     keep_memory()
     run.identity = same_run(run)
     if not file.exists():
