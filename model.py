@@ -38,7 +38,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, normalizers
-from tokenizers.models import Unigram
 from torch import nn
 
 # ------------------------------------------------------------------------------------------ files
@@ -140,24 +139,13 @@ def fingerprint(folder):
     body, dense, said = read_modules(folder)
     kinds = ("*.safetensors", "*.json")
     files = sorted(f for place in (body, *dense) for kind in kinds for f in place.glob(kind))
-    expected = "expected config.json, tokenizer.json and model.safetensors in it"
-    need(files, f"{folder}: no such model directory; {expected}")
     return digest(sorted((name, value) for name, (value, _) in said.items()), *files)
 
 
 # ------------------------------------------------------------------------------------ safetensors
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 
 
 def is_count(value, limit=2**62):
@@ -285,6 +273,8 @@ KNOWN = {  # what is usual first: a config.json may leave it out
     "pooling": POOLINGS,
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
+    "include_prompt": (True,),
+    "processing_kwargs": ({},),
 }
 
 
@@ -328,12 +318,15 @@ def read_config(file, modules, pad_id, shapes):
     same = raw["model_type"] == "bert" or said.get("pad_token_id", (pad_id,))[0] == pad_id
     check(same, "pad_token_id", f"{pad_id}, the tokenizer's: positions are counted from it")
     raw |= {"num_hidden_layers": K, "recurrence": R, "bottleneck_size": B, "pad_token_id": pad_id}
-    raw |= {"max_position_embeddings": P, "dense": tuple(map(tuple, raw["dense"]))}
+    place = said.get("dense", (None, file))[1]
+    with reading(place, f"[width, one of {', '.join(ACTIVATIONS)}, bias] of each Dense"):
+        dense = tuple((int(n), act, bool(bias)) for n, act, bias in raw["dense"])
+        need(all(n > 0 and act in ACTIVATIONS for n, act, _ in dense), raw["dense"])
+    raw |= {"max_position_embeddings": P, "dense": dense}
     config = Config(**{f.name: raw[f.name] for f in fields(Config)})
     cut = raw.get("truncate_dim", config.width)
-    check(
-        is_count(cut) and cut >= config.width, "truncate_dim", f"none, or {config.width} and more"
-    )
+    least = f"none, or {config.width} and more"
+    check(is_count(cut) and cut >= config.width, "truncate_dim", least)
     longest = min(config.max_seq_length, P - config.first_position)
     check(longest > 2, "max_seq_length", f"over 2, within the {P} positions in the weights")
     return replace(config, max_seq_length=longest)
@@ -351,14 +344,6 @@ def _check_values(raw, check):
     check(heads and H % heads == 0, "num_attention_heads", f"a divisor of hidden_size {H}")
     check(0 < raw["layer_norm_eps"] < 1, "layer_norm_eps", "a small positive number")
     check(0 < raw["recurrence"] < 1000, "recurrence", "1 to 999")
-    dense = isinstance(raw["dense"], (list, tuple)) and all(map(_is_dense, raw["dense"]))
-    check(dense, "dense", f"[width, one of {', '.join(ACTIVATIONS)}, true or false] of each")
-
-
-def _is_dense(x):
-    """Is this [width, activation, bias], a linear map after pooling?"""
-    typed = isinstance(x, list) and list(map(type, x)) == [int, str, bool]
-    return typed and 0 < x[0] < 2**31 and x[1] in ACTIVATIONS
 
 
 def read_modules(root):
@@ -368,6 +353,8 @@ def read_modules(root):
     Raises: InputError for modules that are not supported.
     """
     root = Path(root)
+    expected = "config.json, tokenizer.json and model.safetensors in it"
+    need(root.is_dir(), f"{root}: no such model directory; expected {expected}")
     file, prompts = root / "modules.json", root / "config_sentence_transformers.json"
     if not file.exists():
         return root, [], {}
@@ -399,14 +386,12 @@ def read_modules(root):
         need(name in known, f"default_prompt_name {name!r} is not among them")
         said["prompt"] = known[name], prompts
     said["truncate_dim"] = settings.get("truncate_dim"), prompts
-    whole = not said["prompt"][0] or pooled.get("include_prompt", True)
-    need(whole, f"{said['pooling'][1]}: include_prompt is false, which is not supported")
+    if said["prompt"][0] and "include_prompt" in pooled:
+        said["include_prompt"] = pooled["include_prompt"], pooling / "config.json"
     beside = body / "sentence_bert_config.json"
     lengths = read_json(beside) if beside.exists() else {}
-    for name in lengths.keys() & {"max_seq_length", "do_lower_case"}:
+    for name in lengths.keys() & {"max_seq_length", "do_lower_case", "processing_kwargs"}:
         said[name] = lengths[name], beside
-    odd = lengths.get("processing_kwargs")
-    need(not odd, f"{beside}: processing_kwargs {odd!r}: not supported")
     return body, dense, said
 
 
@@ -825,9 +810,6 @@ def from_hf(tensors, place):
             for ours, theirs in NAMES.items():
                 name = name.replace(theirs, ours, 1)
             need(name not in out, f"{name} is there twice")
-            rows = t.dtype == torch.int8 and name.endswith("weight")
-            numbers = t.is_floating_point() or rows
-            need(numbers, f"{name} has dtype {t.dtype}, expected a floating one, or int8 weights")
             out[name] = t
     table = out.get("embeddings.word.weight")
     need(table is not None and table.dim() == 2, f"no 2-dimensional {TABLE}")
@@ -917,8 +899,6 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     Raises: InputError naming the file and the fix for anything missing, damaged or unsupported.
     """
     root = Path(folder)
-    expected = "config.json, tokenizer.json and model.safetensors in it"
-    need(root.is_dir(), f"{root}: no such model directory; expected {expected}")
     need(dtype in (None, "float32", "bfloat16"), f"dtype {dtype!r}: expected float32 or bfloat16")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = getattr(torch, dtype or best_dtype(device)[0])
@@ -933,20 +913,15 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
         state |= {f"dense.{i}.{k}": v for k, v in read_safetensors(file, torch.float32)[0].items()}
     shapes = {k: tuple(v.shape) for k, v in state.items()}
     config = read_config(body / "config.json", modules, pad_id, shapes)
-    config = replace(config, dropout=dropout, max_seq_length=min(config.max_seq_length, max_tokens))
     if config.do_lower_case:
         steps = [normalizers.Lowercase(), tokenizer.normalizer or normalizers.Sequence([])]
         tokenizer.normalizer = normalizers.Sequence(steps)
-        config = replace(config, do_lower_case=False)
-    V = config.vocab_size
-    ids = {*tokenizer.get_added_tokens_decoder(), *tokenizer.encode("").ids}
-    if isinstance(tokenizer.model, Unigram):  # without gaps: listing 250,000 takes a while
-        ids.add(tokenizer.get_vocab_size(with_added_tokens=False) - 1)
-    else:
-        ids.update(tokenizer.get_vocab().values())
-    largest = max(ids)
-    few = f"token ids up to {largest}, but the word table has {V} rows; not of one model"
-    need(largest < V, f"{body / 'tokenizer.json'}: {few}")
+    length = min(config.max_seq_length, max_tokens)
+    config = replace(config, dropout=dropout, max_seq_length=length, do_lower_case=False)
+    # Ids have no gaps; listing them, to be sure, takes a while for 250,000.
+    largest = max([tokenizer.get_vocab_size() - 1, *tokenizer.get_added_tokens_decoder()])
+    few = f"token ids up to {largest}, but the word table has {config.vocab_size} rows"
+    need(largest < config.vocab_size, f"{body / 'tokenizer.json'}: {few}; not of one model")
     with torch.device("meta"):  # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, kind)
     with reading(body / "model.safetensors", "the weights that config.json describes"):
@@ -1140,12 +1115,11 @@ def model_card(model, source, name, weights, onnx, plain):
             shown = ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
             made = f"Spearman x 100: {shown}; mean {sum(scores.values()) / len(scores):.1f}.\n\n"
         given = results["arguments"]
-        git = results["git"] or "unknown"
         teacher = given["teacher"] or ["built in"]  # [name, fingerprint]
         assistant = given["assistant"] or ["made of the teacher"]
         files = ", ".join(name for name, _ in given["train"] + given["extra"]) or "built in"
         made += f"Teacher: {teacher[0]}; assistant: {assistant[0]}; data: {files}; "
-        made += f"seed {given['seed']}; code: {git}.\n"
+        made += f"seed {given['seed']}; code: {results['git'] or 'unknown'}.\n"
     trust = "" if plain else ", trust_remote_code=True"
     uses = f"""from sentence_transformers import SentenceTransformer
 SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])
@@ -1255,12 +1229,11 @@ def corpus_vectors(args, lines, model):
     The key knows corpus and model, not --dtype: what bfloat16 stored, a float32 query reads.
     Raises: InputError for a file that holds no such vectors, and for models of two widths.
     """
-    source = args.index or args.model
-    shape = len(lines), model.config.width
-    file = f"{args.corpus}.{digest(1, lines, fingerprint(source))}.npy"  # 1: of what is stored
+    source, shape = args.index or args.model, (len(lines), model.config.width)
+    key = digest(2, lines, fingerprint(source), shape)  # 2: the version of what is stored
+    file = f"{args.corpus}.{key}.npy"
     if os.path.exists(file):
-        fix = "; " + "choose models of one width, or " * bool(args.index) + "delete it"
-        with reading(file, f"float16 {shape} by {source} for queries by {args.model}", fix):
+        with reading(file, f"float16 {shape}", "; delete it"):
             out = np.load(file, mmap_mode="r")
             need(out.dtype == np.float16 and out.shape == shape, f"{out.dtype} {out.shape}")
             units = all(abs(np.linalg.norm(x, axis=1) - 1).max() < 0.01 for x in blocks(out))

@@ -1834,7 +1834,7 @@ def test_broken_weights(folder):
     key = "bert.encoder.layer.1.attention.self.key.weight"
     for change, message in (
         ({key: tensors[key] * math.nan}, "not finite"),
-        ({key: tensors[key].long()}, "has dtype"),
+        ({key: tensors[key].long()}, "several dtypes"),
         ({key[5:]: tensors[key]}, "is there twice"),
         (
             {key: tensors[key][:5]},
@@ -1952,13 +1952,14 @@ def test_which_pairs_a_stage_trains_on(world, tmp_path, capsys):
     twice = place / ".." / place.name / files[0].name
     flags = ["--train", *files, "--extra", more, twice, "--max-lines", "40,10,40,5"]
     run = train.Run(train.parse(command(world, tmp_path / "x", *flags)[2:]))
+    run.identity = train.same_run(run)
     train.read_inputs(run)
     assert [len(train.stage_pairs(run, k)) for k in (1, 2, 3, 4)] == [40, 12, 42, 5]
     write(files[0], "english\tgerman\none\teins\n")
     flags[-1] = "9,9,9,1"
     with pytest.raises(M.InputError, match="stage 4 has no pairs: .*--max-lines 1 were dropped"):
-        train.main(command(world, tmp_path / "x", *flags)[2:])
-    assert not (tmp_path / "x" / "run.json").exists()
+        train.main(command(world, tmp_path / "y", *flags)[2:])
+    assert not (tmp_path / "y" / "run.json").exists()
 
 
 def test_ablations_by_flags(world, finished, tmp_path, capsys):
@@ -2094,7 +2095,7 @@ train.stage_batches = fragile
     done = run(torchrun(command(world, tmp_path / "run", *flags)))
     assert (
         done.returncode == 0
-        and done.stdout.count("student, stage 4 ") == 3
+        and done.stdout.count("student, stage 4") == 3
         and "stage 3: continues at step 4" in done.stdout
     ), done.stderr
     log = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -2224,7 +2225,7 @@ def test_search_refuses_a_damaged_store(search, damage, message):
     (file,) = stored()
     damage(Path(file))
     with pytest.raises(
-        M.InputError, match=rf"^{file}: not float16 \(3, 32\) .*{message}.*delete it$"
+        M.InputError, match=rf"^{file}: not float16 \(3, 32\): .*{message}.*delete it$"
     ):
         search("blue new")
     assert stored() == [file]
@@ -2379,7 +2380,6 @@ def test_damaged_int8(exported, tmp_path):
         ("embeddings.word_embeddings.scale", None, "Missing.*embeddings.word.scale"),
         ("embeddings.LayerNorm.scale", torch.ones(128), "embeddings.norm.scale"),
         ("encoder.layer.0.attention.self.query.weight", torch.ones(128, 128), "several dtypes"),
-        ("encoder.layer.0.output.dense.scale", torch.ones(128).to(torch.int8), "int8 weights"),
     ):
         kept = {k: v for k, v in {**tensors, name: value}.items() if v is not None}
         M.write_safetensors(tmp_path / "model.safetensors", kept)
@@ -2708,7 +2708,7 @@ def test_dense_and_prompt(folder, tmp_path):
     [
         ("2_Dense/config.json", {"use_residual": True}, "use_residual is True"),
         ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "module_input_name"),
-        ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt is false"),
+        ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt is False"),
         ("config_sentence_transformers.json", {"truncate_dim": 8}, "truncate_dim is 8"),
         ("sentence_bert_config.json", {"processing_kwargs": {"text": {}}}, "processing_kwargs"),
         ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "'q' is not among"),
@@ -2751,17 +2751,6 @@ def test_limit_and_pad_token_of_tokenizer_config(folder, tokenizer, tmp_path):
         M.load(root)
     edit(root / "tokenizer_config.json", model_max_length=int(1e30))
     assert M.load(root).config.max_seq_length == 66
-
-
-def test_a_vocabulary_with_a_gap(tokenizer, tmp_path):
-    m = tiny(tokenizer)
-    m.save(tmp_path / "m")
-    raw = json.loads((tmp_path / "m" / "tokenizer.json").read_text("utf-8"))
-    vocab = raw["model"]["vocab"]
-    vocab[max(vocab, key=vocab.get)] = m.config.vocab_size
-    write(tmp_path / "m" / "tokenizer.json", json.dumps(raw))
-    with pytest.raises(M.InputError, match="token ids up to 500, but the word table has 500 rows"):
-        M.load(tmp_path / "m")
 
 
 def test_a_fingerprint_is_of_what_load_reads(folder):
