@@ -157,7 +157,8 @@ def read_safetensors(path, to=None, copy=False):
     """(tensors by name, metadata) of a safetensors file.
 
     Tensors are views of a private mapping of the file: a page costs memory when it is used. With
-    `to`, those of floating dtypes are converted, or with `copy` copied, one at a time.
+    `to`, those of floating dtypes are converted, or with `copy` copied, one at a time. A word table
+    is only copied: rows are converted as they are looked up, and most never are.
     Raises: InputError with the file and the reason.
     """
     with reading(path, "a valid safetensors file", ". Fetch or export it again"):
@@ -186,7 +187,7 @@ def read_safetensors(path, to=None, copy=False):
             raw = torch.from_numpy(np.frombuffer(data, np.uint8, end - start, body + start))
             raw = raw.clone() if (body + start) % kind.itemsize else raw  # a foreign writer's
             tensors[name], at = raw.view(kind).view(shape), end
-            if to and kind.is_floating_point:
+            if to and kind.is_floating_point and (copy or not name.endswith(TABLE)):
                 tensors[name] = tensors[name].to(to, copy=copy)
                 if hasattr(data, "madvise"):  # let go of what was read; the file still has it
                     data.madvise(mmap.MADV_DONTNEED)
@@ -943,7 +944,7 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
     source, out = Path(folder).resolve(), Path(out)
     need(not out.exists(), f"{out}: is there already; choose another folder, or delete it first")
     need(not plain or weights != "int8", "--plain: no other program reads our int8; take float16")
-    model = load(source, "float32", "cpu")
+    model = load(source, "float32", "cpu").float()
     need(not model.int8, f"{source}: its weights are int8; export the float32 model it was made of")
     dense = f"{source}: has a Dense module; other programs open it without --onnx and --plain"
     need(not model.config.dense or not (plain or onnx), dense)
@@ -1020,7 +1021,7 @@ class SentenceEncoder(nn.Module):
         where = {k: options.get(k) for k in known}
         names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
         files = [load_file_path(path, name, **where) for name in names]
-        return cls(load(Path(files[0]).parent, "float32", "cpu"))
+        return cls(load(Path(files[0]).parent, "float32", "cpu").float())
 
     def save(self, folder, **_):
         self.encoder.write(folder)
