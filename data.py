@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from model import atomic, digest, meter, need, read_json, reading
 
 # ---------------------------------------------------------------------------------- reading files
+LINE_LIMIT = 1 << 20  # bytes; a file with a longer one holds no sentence pairs
 COUNTS = ("lines", "kept", "long", "blank", "header", "same", "quoted")  # in the report of a file
 FORMATS = {  # what a file may be instead of text, by its first bytes, and what prints its text
     b"PAR1": (
@@ -39,6 +40,8 @@ FORMATS = {  # what a file may be instead of text, by its first bytes, and what 
     b"BZh": ("bzip2", "bzcat"),
     b"\xfd7zXZ": ("xz", "xzcat"),
     b"\x28\xb5\x2f\xfd": ("zstd", "zstdcat"),
+    b"\xff\xfe\0\0": ("UTF-32", "iconv -f UTF-32 -t UTF-8"),
+    b"\0\0\xfe\xff": ("UTF-32", "iconv -f UTF-32 -t UTF-8"),
     b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
     b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
 }
@@ -64,11 +67,13 @@ def read_lines(path):
     A byte that is not UTF-8 becomes half of a surrogate pair, which no right line has.
     Raises: InputError for a file that is missing, unreadable, truncated or of another format.
     """
-    with reading(path, "plain or gzipped UTF-8 text"), open(path, "rb") as raw:
+    with reading(path, "plain or whole gzipped UTF-8 text"), open(path, "rb") as raw:
         packed = raw.peek(2)[:2] == b"\x1f\x8b"
         lines = gzip.open(raw) if packed else raw
         refuse_formats(path, lines.peek(4096)[:4096], packed)
-        for line in lines:
+        while line := lines.readline(LINE_LIMIT):
+            whole = len(line) < LINE_LIMIT or line.endswith(b"\n")
+            need(whole, f"it has a line of more than {LINE_LIMIT} bytes")
             text = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
             yield text.removeprefix("\ufeff")  # joined files have more than one BOM
 

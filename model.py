@@ -38,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, normalizers
+from tokenizers.models import Unigram
 from torch import nn
 
 # ------------------------------------------------------------------------------------------ files
@@ -75,6 +76,8 @@ def reading(path, expected, fix=""):
         yield
     except MemoryError:
         raise
+    except InputError as e:
+        raise InputError(f"{path}: not {expected}: {e}{fix}") from e
     except OSError as e:
         raise InputError(f"{path}: cannot read ({e.strerror or e}){fix}") from e
     except Exception as e:  # a damaged file can make a library raise anything
@@ -321,8 +324,9 @@ def read_config(file, modules, pad_id, shapes):
     raw |= {"num_hidden_layers": K, "recurrence": R, "bottleneck_size": B, "pad_token_id": pad_id}
     place = said.get("dense", (None, file))[1]
     with reading(place, f"[width, one of {', '.join(ACTIVATIONS)}, bias] of each Dense"):
-        dense = tuple((int(n), act, bool(bias)) for n, act, bias in raw["dense"])
-        need(all(n > 0 and act in ACTIVATIONS for n, act, _ in dense), raw["dense"])
+        dense = tuple((n, act, bias) for n, act, bias in raw["dense"])
+        known = (is_count(n, 2**31) and n and act in ACTIVATIONS for n, act, _ in dense)
+        need(all(known) and all(type(bias) is bool for *_, bias in dense), raw["dense"])
     raw |= {"max_position_embeddings": P, "dense": dense}
     config = Config(**{f.name: raw[f.name] for f in fields(Config)})
     cut = raw.get("truncate_dim", config.width)
@@ -387,12 +391,14 @@ def read_modules(root):
         need(name in known, f"default_prompt_name {name!r} is not among them")
         said["prompt"] = known[name], prompts
     said["truncate_dim"] = settings.get("truncate_dim"), prompts
-    if said["prompt"][0] and "include_prompt" in pooled:
-        said["include_prompt"] = pooled["include_prompt"], pooling / "config.json"
+    if said["prompt"][0] and not pooled.get("include_prompt", True):
+        said["include_prompt"] = False, pooling / "config.json"
     beside = body / "sentence_bert_config.json"
     lengths = read_json(beside) if beside.exists() else {}
-    for name in lengths.keys() & {"max_seq_length", "do_lower_case", "processing_kwargs"}:
+    for name in lengths.keys() & {"max_seq_length", "do_lower_case"}:
         said[name] = lengths[name], beside
+    if odd := lengths.get("processing_kwargs"):
+        said["processing_kwargs"] = odd, beside
     return body, dense, said
 
 
@@ -811,6 +817,9 @@ def from_hf(tensors, place):
             for ours, theirs in NAMES.items():
                 name = name.replace(theirs, ours, 1)
             need(name not in out, f"{name} is there twice")
+            rows = t.dtype == torch.int8 and name.endswith("weight")
+            numbers = t.is_floating_point() or rows
+            need(numbers, f"{name} has dtype {t.dtype}, expected a floating one, or int8 weights")
             out[name] = t
     table = out.get("embeddings.word.weight")
     need(table is not None and table.dim() == 2, f"no 2-dimensional {TABLE}")
@@ -903,12 +912,13 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     need(dtype in (None, "float32", "bfloat16"), f"dtype {dtype!r}: expected float32 or bfloat16")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = getattr(torch, dtype or best_dtype(device)[0])
+    on_cpu = torch.device(device).type == "cpu"
     # cuDNN's attention builds a plan for every new shape, and each of our batches has a new one.
-    if torch.device(device).type == "cuda":
+    if not on_cpu:
         torch.backends.cuda.enable_cudnn_sdp(False)
     body, dense, modules = read_modules(root)
     tokenizer, pad_id = read_tokenizer(body)
-    state = read_weights(body, torch.float32 if train else kind, copy=train)
+    state = read_weights(body, torch.float32 if train else kind, copy=train or not on_cpu)
     for i, file in enumerate(f / "model.safetensors" for f in dense):
         must_exist(file, "SentenceTransformer", root)
         state |= {f"dense.{i}.{k}": v for k, v in read_safetensors(file, torch.float32)[0].items()}
@@ -919,10 +929,11 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
         tokenizer.normalizer = normalizers.Sequence(steps)
     length = min(config.max_seq_length, max_tokens)
     config = replace(config, dropout=dropout, max_seq_length=length, do_lower_case=False)
-    # Ids have no gaps; listing them, to be sure, takes a while for 250,000.
-    largest = max([tokenizer.get_vocab_size() - 1, *tokenizer.get_added_tokens_decoder()])
-    few = f"token ids up to {largest}, but the word table has {config.vocab_size} rows"
-    need(largest < config.vocab_size, f"{body / 'tokenizer.json'}: {few}; not of one model")
+    ids = [tokenizer.get_vocab_size() - 1, *tokenizer.get_added_tokens_decoder()]
+    if not isinstance(tokenizer.model, Unigram):  # the one without gaps; listing it takes a while
+        ids += tokenizer.get_vocab().values()
+    few = f"token ids up to {max(ids)}, but the word table has {config.vocab_size} rows"
+    need(max(ids) < config.vocab_size, f"{body / 'tokenizer.json'}: {few}; not of one model")
     with torch.device("meta"):  # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, kind)
     with reading(body / "model.safetensors", "the weights that config.json describes"):
@@ -1193,8 +1204,8 @@ def read_texts(path):
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
-def meter(what, say=lambda text: print(text, file=sys.stderr)):
-    """A callback (done, all) that reports progress of long work at most every five seconds."""
+def meter(what):
+    """A callback (done, all) that tells stderr of long work, at most every five seconds."""
     begun = shown = time.monotonic()
 
     def show(done, total):
@@ -1203,7 +1214,8 @@ def meter(what, say=lambda text: print(text, file=sys.stderr)):
         if now - shown > 5:
             rate = done / (now - begun)
             m, s = divmod((total - done) / rate, 60)
-            say(f"{what}  {done:,}/{total:,}  {rate:,.0f}/s  {m:.0f}:{s:02.0f} left")
+            left = f"{m:.0f}:{s:02.0f} left"
+            print(f"{what}  {done:,}/{total:,}  {rate:,.0f}/s  {left}", file=sys.stderr, flush=True)
             shown = now
 
     return show
@@ -1231,7 +1243,7 @@ def corpus_vectors(args, lines, model):
     Raises: InputError for a file that holds no such vectors, and for models of two widths.
     """
     source, shape = args.index or args.model, (len(lines), model.config.width)
-    key = digest(2, lines, fingerprint(source), shape)  # 2: the version of what is stored
+    key = digest(1, lines, fingerprint(source), shape)  # 1: the version of what is stored
     file = f"{args.corpus}.{key}.npy"
     if os.path.exists(file):
         with reading(file, f"float16 {shape}", "; delete it"):

@@ -786,6 +786,9 @@ def test_reading_pairs_adds_up(tmp_path):
     )
     with pytest.raises(M.InputError, match="more than 1 %"):
         list(data.read_pairs(write(tmp_path / "bad.tsv", "a\tb\nno tab\n"), {}))
+    with pytest.raises(M.InputError, match="long.tsv: .* a line of more than 1048576 bytes"):
+        endless = "x" * (data.LINE_LIMIT + 5) + "\ty\n"
+        list(data.read_pairs(write(tmp_path / "long.tsv", endless), {}))
     packed = gzip.compress(good.encode())
     assert len(list(data.read_pairs(write(tmp_path / "en-fr.tsv.gz", packed), {}))) == 995
     for broken in (packed[:-9], packed[:50] + b"\0\0\0" + packed[53:]):
@@ -1834,7 +1837,7 @@ def test_broken_weights(folder):
     key = "bert.encoder.layer.1.attention.self.key.weight"
     for change, message in (
         ({key: tensors[key] * math.nan}, "not finite"),
-        ({key: tensors[key].long()}, "several dtypes"),
+        ({key: tensors[key].long()}, "has dtype"),
         ({key[5:]: tensors[key]}, "is there twice"),
         (
             {key: tensors[key][:5]},
@@ -1908,7 +1911,8 @@ except M.InputError as e:
         (["--teacher", "x"], "needs both"),
         (["--dropout", "1.5"], "1.5: expected 0 or more, less than 1"),
         (["--seed", "x"], "invalid int value: 'x'"),
-        (["--layers", "0"], "--layers 0: expected 1 to 4"),
+        (["--layers", "0"], "argument --layers: '0': expected 1 or more"),
+        (["--layers", "2000000000"], "argument --layers: '2000000000': expected 1 or more"),
         (["--layers", "1,,"], "argument --layers: invalid layers value: '1,,'"),
         (["--device", "nonsense"], "is not usable here"),
         (["--device", "mps"], "is not usable here"),
@@ -2388,6 +2392,7 @@ def test_damaged_int8(exported, tmp_path):
         ("embeddings.word_embeddings.scale", None, "Missing.*embeddings.word.scale"),
         ("embeddings.LayerNorm.scale", torch.ones(128), "embeddings.norm.scale"),
         ("encoder.layer.0.attention.self.query.weight", torch.ones(128, 128), "several dtypes"),
+        ("encoder.layer.0.output.dense.scale", torch.ones(128).to(torch.int8), "int8 weights"),
     ):
         kept = {k: v for k, v in {**tensors, name: value}.items() if v is not None}
         M.write_safetensors(tmp_path / "model.safetensors", kept)
@@ -2761,6 +2766,17 @@ def test_limit_and_pad_token_of_tokenizer_config(folder, tokenizer, tmp_path):
     assert M.load(root).config.max_seq_length == 66
 
 
+def test_a_vocabulary_with_a_gap(tokenizer, tmp_path):
+    m = tiny(tokenizer)
+    m.save(tmp_path / "m")
+    raw = json.loads((tmp_path / "m" / "tokenizer.json").read_text("utf-8"))
+    vocab = raw["model"]["vocab"]
+    vocab[max(vocab, key=vocab.get)] = m.config.vocab_size
+    write(tmp_path / "m" / "tokenizer.json", json.dumps(raw))
+    with pytest.raises(M.InputError, match="token ids up to 500, but the word table has 500 rows"):
+        M.load(tmp_path / "m")
+
+
 def test_a_fingerprint_is_of_what_load_reads(folder):
     """A run inside the teacher's folder does not make it another teacher; its pooling would."""
     root, _ = folder
@@ -2806,12 +2822,13 @@ def test_files_that_are_suspicious():
 GOOD = "".join(f"sentence {i}\tSatz {i}\n" for i in range(300))
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_other_encodings_are_recognised(tmp_path, encoding, pack):
     text = GOOD + "جملة\tجملة أخرى\n"
     file = write(tmp_path / "l'été" / "en-ar.tsv", pack(text.encode(encoding)))
-    with pytest.raises(M.InputError, match="en-ar.tsv: not .* is UTF-16. .*iconv -f UTF-16") as e:
+    name = encoding.upper()[:6]
+    with pytest.raises(M.InputError, match=f"en-ar.tsv: .* is {name}. .*iconv -f {name}") as e:
         list(data.read_pairs(file, {}))
     subprocess.run(str(e.value).split("Convert it: ")[1], shell=True, check=True)  # mends it
     assert len(list(data.read_pairs(file.with_name("text-en-ar.tsv"), {}))) == 301
@@ -2826,9 +2843,7 @@ def test_packed_files_are_recognised(tmp_path, module, name):
             z.writestr("en-de.tsv", GOOD)
     else:
         write(file, importlib.import_module(module).compress(GOOD.encode()))
-    with pytest.raises(
-        M.InputError, match=f"en-de.tsv: not plain or gzipped UTF-8 text: it is {name}"
-    ) as e:
+    with pytest.raises(M.InputError, match=f"en-de.tsv: not .* UTF-8 text: it is {name}") as e:
         list(data.read_pairs(file, {}))
     command = str(e.value).split("Convert it: ")[1]
     if shutil.which(command.split()[0]):

@@ -54,10 +54,9 @@ def number(kind, low, below=math.inf, by_stage=False):
     def parse(text):
         values = tuple(map(kind, text.split(",") if by_stage else [text]))
         if len(values) not in (1, stages) or not all(low <= x < below for x in values):
-            each = f"; one value, or {stages} with commas" if by_stage else ""
-            raise argparse.ArgumentTypeError(
-                f"{text}: expected {low} or more, less than {below}{each}"
-            )
+            limit = f", less than {below}" * (below < math.inf)
+            each = f"; one value, or {stages} with commas" * by_stage
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more{limit}{each}")
         return values * (stages // len(values)) if by_stage else values[0]
 
     parse.__name__ = kind.__name__  # what argparse calls it in its error
@@ -76,7 +75,9 @@ def stages(text):
 
 def layers(text):
     """A type for argparse: 3 -> (1, 2, 3), the first three layers; 1,6,12 -> those; 12, -> it."""
-    numbers = tuple(map(int, text.removesuffix(",").split(",")))  # msd.check_sizes does the rest
+    numbers = tuple(map(int, text.removesuffix(",").split(",")))
+    if not all(0 < k < 10_000 for k in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more, or numbers, as 1,6,12")
     return numbers if "," in text else tuple(range(1, numbers[0] + 1))
 
 
@@ -150,7 +151,7 @@ def parse(argv):
 def usable_device(name):
     """cpu, or a GPU by its full name. Raises: InputError where it is not here."""
     here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if name == "cuda":  # each process of torchrun has its own
+    if name == "cuda" or name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # torchrun's
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     need(name in here, f"--device {name} is not usable here; there is {', '.join(here)}")
     if name != "cpu":
@@ -177,7 +178,7 @@ class Run:
     def __init__(self, args):
         self.args, self.out = args, args.out
         self.world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-        self.rank = int(os.environ.get("RANK", 0))
+        self.rank = int(os.environ.get("RANK", 0)) if self.world > 1 else 0
         # Where the last model is there, only the table is missing; what came before may be gone.
         self.trained = Path(args.out, "assistant" if args.stages == [1] else "student").exists()
         if self.world > 1:
@@ -312,6 +313,8 @@ def deferred_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if caught:  # after the last step had asked
+        signal.raise_signal(caught[0])
 
 
 def rate_at(step, steps):
@@ -375,6 +378,7 @@ class Training:
         if meta.get("stage") == self.name:
             with M.reading(self.file, "a whole checkpoint", f"; delete it to redo {self.name}"):
                 for k, v in self.tensors.items():
+                    need(tensors[k].shape == v.shape, f"{k} is of another shape")
                     v.copy_(tensors[k])
                 step, self.best_loss = int(meta["step"]), float(meta["best"])
                 self.begun -= float(meta["seconds"])
@@ -646,7 +650,8 @@ def look_at_teacher(run, folder):
     teacher, corpus = run.load(folder), run.corpus
     ids = np.random.default_rng(0).permutation(np.unique(corpus.pairs[:, 0]))[:4000]
     flat, starts = teacher.tokenize(corpus.texts(np.sort(ids)))
-    norm, cosine, error = describe_vectors(teacher.embed(flat, starts))
+    progress = M.meter("a look at the teacher")
+    norm, cosine, error = describe_vectors(teacher.embed(flat, starts, progress=progress))
     cut = (np.diff(starts) >= teacher.config.max_seq_length).mean()
     run.say(
         f"teacher: width {teacher.config.width}, mean norm {norm:.3f}, mean cosine of different "
@@ -798,6 +803,8 @@ def bootstrap(sets, a, b, n=1000, seed=0):
 # -------------------------------------------------------------------------------------- the table
 def finish(run, models):
     """Read the test sets, once, for models {row: folder}; write results.json, print, clear up."""
+    if (run.out / "results.json").exists():  # the same command, given twice, was faster
+        return
     # What came before a trained model may be gone, but not the assistant: all is compared with it.
     models = {k: f for k, f in models.items() if f.exists() or k == "assistant"}
     rows, cosines = {}, {}
@@ -879,6 +886,7 @@ def main(argv=None):
     args = parse(argv)
     run = Run(args)
     file = args.out / "results.json"
+    need(not args.out.is_file(), f"--out {args.out}: is a file; give a folder")
     keep_memory()
     run.identity = same_run(run)
     if not file.exists():
