@@ -147,7 +147,7 @@ def refuse_bad(path, report):
 
 
 def read_sts(folder):
-    """{"en-de": (sentences, sentences, scores)} of a folder of similarity sets, *.A-B.txt.
+    """{"en-de": (sentences, sentences, scores)} of a folder of similarity sets, *.A-B.txt or .tsv.
 
     Lines are sentence<TAB>sentence<TAB>score from 0 to 5. Raises: InputError at any bad line.
     """
@@ -308,10 +308,10 @@ def tokens(corpus, encoder, cache, chunk=20000):
 
 
 def vectors(corpus, ids, encoder, fingerprint, cache, layers=True, chunk=8192):
-    """The targets: an encoder's vectors (len(ids), H) of the sentences numbered `ids`.
+    """The targets: an encoder's vectors (len(ids), width) of the sentences numbered `ids`.
 
     A memory-mapped float16 file, made once. They are those before a final Normalize, as in the
-    paper. fingerprint: names the encoder's weights.
+    paper. fingerprint: names the encoder's weights. layers: False for its embedding block alone.
     """
     c = encoder.config
     shape = len(ids), c.width if layers else c.hidden_size

@@ -109,7 +109,7 @@ def atomic(path):
             try:
                 os.replace(tmp, path)
             except OSError:
-                if not (tmp.is_dir() and path.is_dir()):  # else another process was faster
+                if not (tmp.is_dir() and path.is_dir()):  # two folders: another process was first
                     raise
         finally:
             delete(tmp)
@@ -160,8 +160,8 @@ def read_safetensors(path, to=None, copy=False):
     """(tensors by name, metadata) of a safetensors file.
 
     Tensors are views of a private mapping of the file: a page costs memory when it is used. With
-    `to`, those of floating dtypes are converted, or with `copy` copied, one at a time. A word table
-    is only copied: rows are converted as they are looked up, and most never are.
+    `to`, those of floating dtypes are converted, or with `copy` copied, one at a time. Without
+    `copy` a word table stays as it is stored: its rows are converted as they are looked up.
     Raises: InputError with the file and the reason.
     """
     with reading(path, "a valid safetensors file", ". Fetch or export it again"):
@@ -188,7 +188,7 @@ def read_safetensors(path, to=None, copy=False):
             why = "truncated, an overlap, a hole or of another size"
             need(fits and body + end <= len(data), f"{where}: {why}")
             raw = torch.from_numpy(np.frombuffer(data, np.uint8, end - start, body + start))
-            raw = raw.clone() if (body + start) % kind.itemsize else raw  # a foreign writer's
+            raw = raw.clone() if (body + start) % kind.itemsize else raw  # not aligned
             tensors[name], at = raw.view(kind).view(shape), end
             if to and kind.is_floating_point and (copy or not name.endswith(TABLE)):
                 tensors[name] = tensors[name].to(to, copy=copy)
@@ -221,7 +221,7 @@ def write_safetensors(path, tensors, meta=None):
 
 # ---------------------------------------------------------------------------------- configuration
 TEACHERS = "all-MiniLM-L6-v2, all-distilroberta-v1, paraphrase-MiniLM-L12-v2"  # that work
-# A new one goes here, into pool() and, where other programs know it, write_onnx().
+# A new one goes here, into pool() and, where other programs know it, write_extras(), write_onnx().
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len")
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -312,7 +312,7 @@ def read_config(file, modules, pad_id, shapes):
     # Without their bottleneck, fewer layers than config.json says are a damaged file.
     depth = raw["num_hidden_layers"]
     K = len({k.split(".")[1] for k in shapes if k.startswith("layers.")})
-    unsaid = "recurrence" not in said and B and K and depth % K == 0
+    unsaid = "recurrence" not in said and B > 0 and K > 0 and depth % K == 0
     check(K == depth or unsaid, "num_hidden_layers", f"{K}, the layers in the weights")
     R = depth // K if unsaid else raw["recurrence"]
     positions = raw["max_position_embeddings"]
@@ -477,7 +477,7 @@ class Embeddings(nn.Module):
         self.config = c
         H = c.hidden_size
         width = c.bottleneck_size or H
-        # At zero, as all is set later: a random start, on meta, imports a second's worth of torch
+        # Zeros, set later: a random start on the meta device would import a second of torch.
         words, positions, types = c.vocab_size, c.max_position_embeddings, c.type_vocab_size
         self.word = Table.from_pretrained(torch.zeros(words, width), False, c.pad_token_id)
         self.project = Linear(width, H, bias=False) if c.bottleneck_size else None

@@ -36,8 +36,8 @@ def contrastive(S_s, S_t, T_s):
     mean_ij (cos(S(s_i), S(t_j)) - cos(T(s_i), T(s_j)))^2. The teacher's own similarities in the
     batch are the target, diagonal included: no temperature, no hard negatives.
     """
-    # A temperature here would only scale the loss; it needs another distance, such as the KL
-    # divergence between the softmax of rows.
+    # A temperature would only weigh this term against the others; it needs another distance, such
+    # as the KL divergence between the softmax of rows.
     return mse(cos_matrix(S_s, S_t), cos_matrix(T_s, T_s))  # both (N, N)
 
 
@@ -92,7 +92,7 @@ class Preset:
     stages 1 to 4."""
 
     bottleneck: int  # B; 0 keeps the full word table and skips stage 2
-    layers: tuple  # the K of the assistant's to start from, by number; the paper's are the first
+    layers: tuple  # numbers of the K assistant's layers to copy, from 1; the paper's: the first
     recurrence: int  # R; the paper keeps K x R at the assistant's depth
     lr: tuple = (16e-5, 16e-5, 16e-5, 16e-5)  # peak learning rates
     batch: tuple = (64, 128, 64, 64)  # pairs a step
@@ -164,7 +164,9 @@ def make_student(assistant, B, layers, R, init="text", seed=0, counts=None):
     check_sizes(c, B, layers, R)
     sizes = replace(c, bottleneck_size=B, num_hidden_layers=len(layers), recurrence=R)
     student = Encoder(sizes, assistant.tokenizer, assistant.dtype)
-    init_weights(student, torch.Generator().manual_seed(seed)).to(assistant.device)
+    if init == "paper":
+        init_weights(student, torch.Generator().manual_seed(seed))
+    student.to(assistant.device)
     for layer, k in zip(student.layers, layers):
         layer.load_state_dict(assistant.layers[k - 1].state_dict())
     student.dense.load_state_dict(assistant.dense.state_dict())
@@ -177,7 +179,7 @@ def make_student(assistant, B, layers, R, init="text", seed=0, counts=None):
     if B:
         P = principal_directions(E, B, counts)  # (H, B)
         ours.project.weight.copy_(P)
-        E = E.float() @ P  # (V, B), of which E P' is nearest to the assistant's
+        E = E.float() @ P  # (V, B); times P' it is nearest to the assistant's table
     ours.word.weight.copy_(E)
     return student
 
@@ -220,7 +222,7 @@ def make_assistant(teacher, tokenizer, english=(), translations=()):
     texts = [p.replace("▁", " ") for p in pieces]  # the space matters to a RoBERTa teacher
     spelling = teacher.tokenizer.encode_batch(texts, add_special_tokens=False)
     V, pad_id = len(vocab), vocab["<pad>"]
-    empty = word.new_zeros(1).expand(V, word.shape[1])  # filled below
+    empty = word.new_zeros(1).expand(V, word.shape[1])  # a placeholder
     model = with_vocabulary(teacher, tokenizer, empty, pad_id, normalize=False, prompt="")
 
     # A row is a weighted mean of the teacher's rows: links (new piece, its piece, weight).

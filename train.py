@@ -43,7 +43,7 @@ SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
 EVALS = 4  # dev readings a stage; the best one's weights are kept
 
 # -------------------------------------------------------------------------------------- arguments
-# What a continuation may change; of these a device changes the bits.
+# What a continuation may change; a device changes the bits and, unless it is given, the dtype.
 FREE = {"out", "cache", "device", "keep"}
 
 
@@ -133,7 +133,7 @@ def parse(argv):
             setattr(args, name, value)
     if args.bottleneck == 0:  # there is nothing to align
         args.stages = [k for k in args.stages if k != 2]
-        # The paper halves xlmr's rate in stage 3 with a bottleneck alone.
+        # Only with a bottleneck does the paper halve xlmr's rate in stage 3.
         args.lr = given_lr or (*args.lr[:2], args.lr[0], *args.lr[3:])
     need(args.stages, "--stages 2 alone needs a bottleneck")
     need(args.assistant or not args.keep_vocab, "--keep-vocab needs --assistant DIR, to cut its")
@@ -183,8 +183,8 @@ class Run:
         self.trained = Path(args.out, "assistant" if args.stages == [1] else "student").exists()
         if self.world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
-            # The processes wait for the first one, which may take hours over targets, in a group of
-            # their own: with NCCL's short patience kept, one that dies is noticed on a GPU, too.
+            # They wait for the first, which may take hours over targets, in a group of their own
+            # with a day's patience; NCCL's stays short, so that one that dies is noticed.
             day = datetime.timedelta(days=1)
             self.group = dist.new_group(backend="gloo", timeout=day)
         args.dtype, why = (args.dtype, "asked for") if args.dtype else M.best_dtype(args.device)
@@ -264,9 +264,9 @@ def same_run(run):
 def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
     """Train `model` for `steps` steps and leave the weights of the best dev loss in it.
 
-    loss_at(step): (loss terms by name, number of tokens), a pure function of the step. dev_loss():
-    the loss to choose by. A continued run gives the same bits, on a CPU. Of several processes all
-    do the same. Leaves at a signal, after a save. Raises: InputError at a loss that is not finite.
+    loss_at(step): (loss terms by name, number of tokens) of the batch of that step. dev_loss(): the
+    loss to choose by. A continued run gives the same bits, on a CPU. Each of several processes has
+    its rows. Leaves at a signal, after a save. Raises: InputError at a loss that is not finite.
     """
     model.train()
     optimizer = make_optimizer(model, lr)
@@ -611,7 +611,7 @@ def read_inputs(run):
         with run.first():
             if not made.exists():
                 demo.write_demo(made)
-        # run.json says that they were not given.
+        # run.json, of what was given, is settled by now.
         args.train, args.dev = ([f"{glob.escape(str(made / x))}/*.tsv"] for x in ("train", "dev"))
         args.sts = made / "sts"
     run.sts = data.read_sts(args.sts) if args.sts else {}
@@ -803,7 +803,7 @@ def bootstrap(sets, a, b, n=1000, seed=0):
 # -------------------------------------------------------------------------------------- the table
 def finish(run, models):
     """Read the test sets, once, for models {row: folder}; write results.json, print, clear up."""
-    if (run.out / "results.json").exists():  # the same command, given twice, was faster
+    if (run.out / "results.json").exists():  # the same command, running twice, was faster
         return
     # What came before a trained model may be gone, but not the assistant: all is compared with it.
     models = {k: f for k, f in models.items() if f.exists() or k == "assistant"}
