@@ -156,12 +156,12 @@ def is_count(value, limit=2**62):
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit
 
 
-def read_safetensors(path, to=None, copy=False):
+def read_safetensors(path, to=None, copy=False, but=()):
     """(tensors by name, metadata) of a safetensors file.
 
     Tensors are views of a private mapping of the file: a page costs memory when it is used. With
-    `to`, those of floating dtypes are converted, or with `copy` copied, one at a time. Without
-    `copy` a word table stays as it is stored: its rows are converted as they are looked up.
+    `to`, those of floating dtypes are converted, or with `copy` copied, one at a time, `but` for
+    those whose name ends so.
     Raises: InputError with the file and the reason.
     """
     with reading(path, "a valid safetensors file", ". Fetch or export it again"):
@@ -190,7 +190,7 @@ def read_safetensors(path, to=None, copy=False):
             raw = torch.from_numpy(np.frombuffer(data, np.uint8, end - start, body + start))
             raw = raw.clone() if (body + start) % kind.itemsize else raw  # not aligned
             tensors[name], at = raw.view(kind).view(shape), end
-            if to and kind.is_floating_point and (copy or not name.endswith(TABLE)):
+            if to and kind.is_floating_point and not name.endswith(but):
                 tensors[name] = tensors[name].to(to, copy=copy)
                 if hasattr(data, "madvise"):  # let go of what was read; the file still has it
                     data.madvise(mmap.MADV_DONTNEED)
@@ -849,7 +849,8 @@ def read_weights(folder, to=None, copy=False):
     tensors = {}
     for file in files:
         must_exist(file, "AutoModel.from_pretrained", folder)
-        tensors |= read_safetensors(file, to, copy)[0]
+        # A table that is not copied stays as it is stored: rows are converted when looked up.
+        tensors |= read_safetensors(file, to, copy, but=() if copy else TABLE)[0]
     with reading(folder, "an encoder's weights"):
         return from_hf(tensors, folder)
 
@@ -955,7 +956,7 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
     source, out = Path(folder).resolve(), Path(out)
     need(not out.exists(), f"{out}: is there already; choose another folder, or delete it first")
     need(not plain or weights != "int8", "--plain: no other program reads our int8; take float16")
-    model = load(source, "float32", "cpu").float()
+    model = load(source, "float32", "cpu").float()  # the table may be float16
     need(not model.int8, f"{source}: its weights are int8; export the float32 model it was made of")
     dense = f"{source}: has a Dense module; other programs open it without --onnx and --plain"
     need(not model.config.dense or not (plain or onnx), dense)
@@ -1032,7 +1033,8 @@ class SentenceEncoder(nn.Module):
         where = {k: options.get(k) for k in known}
         names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
         files = [load_file_path(path, name, **where) for name in names]
-        return cls(load(Path(files[0]).parent, "float32", "cpu").float())
+        encoder = load(Path(files[0]).parent, "float32", "cpu")
+        return cls(encoder.float())  # the table may be float16, which does not train
 
     def save(self, folder, **_):
         self.encoder.write(folder)

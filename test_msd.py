@@ -1956,7 +1956,6 @@ def test_which_pairs_a_stage_trains_on(world, tmp_path, capsys):
     twice = place / ".." / place.name / files[0].name
     flags = ["--train", *files, "--extra", more, twice, "--max-lines", "40,10,40,5"]
     run = train.Run(train.parse(command(world, tmp_path / "x", *flags)[2:]))
-    run.identity = train.same_run(run)
     train.read_inputs(run)
     assert [len(train.stage_pairs(run, k)) for k in (1, 2, 3, 4)] == [40, 12, 42, 5]
     write(files[0], "english\tgerman\none\teins\n")

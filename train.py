@@ -54,8 +54,8 @@ def number(kind, low, below=math.inf, by_stage=False):
     def parse(text):
         values = tuple(map(kind, text.split(",") if by_stage else [text]))
         if len(values) not in (1, stages) or not all(low <= x < below for x in values):
-            limit = f", less than {below}" * (below < math.inf)
-            each = f"; one value, or {stages} with commas" * by_stage
+            limit = f", less than {below}" if below < math.inf else ""
+            each = f"; one value, or {stages} with commas" if by_stage else ""
             raise argparse.ArgumentTypeError(f"{text}: expected {low} or more{limit}{each}")
         return values * (stages // len(values)) if by_stage else values[0]
 
@@ -178,7 +178,7 @@ class Run:
     def __init__(self, args):
         self.args, self.out = args, args.out
         self.world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-        self.rank = int(os.environ.get("RANK", 0)) if self.world > 1 else 0
+        self.rank = int(os.environ["RANK"]) if self.world > 1 else 0
         # Where the last model is there, only the table is missing; what came before may be gone.
         self.trained = Path(args.out, "assistant" if args.stages == [1] else "student").exists()
         if self.world > 1:
@@ -562,6 +562,7 @@ def pipeline(run):
     """
     args, out, between = run.args, run.out, run.out / "stages"
     read_inputs(run)
+    begin(run)
     models = {"teacher": Path(args.teacher) if args.teacher else demo_teacher(run)}  # by row
     look_at_teacher(run, models["teacher"])
 
@@ -592,8 +593,8 @@ def pipeline(run):
 
 
 def read_inputs(run):
-    """Set run.corpus, run.dev and run.sts, say what they look like, and note in run.json what this
-    run is. Raises: InputError for sizes that do not fit, before any work."""
+    """Set run.corpus, run.dev and run.sts, and say what they look like. Raises: InputError for
+    sizes that do not fit, before any work."""
     args = run.args
     body = teacher = run.load(args.teacher).config if args.teacher else demo.TEACHER
     if args.assistant:
@@ -626,7 +627,11 @@ def read_inputs(run):
     for k in args.stages:
         dropped = f"all lines of --train up to --max-lines {args.max_lines[k - 1]} were dropped"
         need(stage_pairs(run, k).size, f"stage {k} has no pairs: {dropped}")
-    if run.rank == 0 and not (run.out / "run.json").exists():  # a mistyped path left none
+
+
+def begin(run):
+    """Note what this run is, once its inputs are known: a mistyped path leaves nothing behind."""
+    if run.rank == 0 and not (run.out / "run.json").exists():
         with M.atomic(run.out / "run.json") as tmp:
             tmp.write_text(json.dumps(run.identity, indent=1), "utf-8")
         run.log(data=run.corpus.report)
