@@ -307,15 +307,16 @@ def tokens(corpus, encoder, cache, chunk=20000):
     return open_array(folder / "ids.npy"), open_array(folder / "starts.npy")
 
 
-def vectors(corpus, ids, encoder, fingerprint, cache, layers=True, chunk=8192):
+def vectors(corpus, ids, encoder, fingerprint, cache, embeddings_only=False, chunk=8192):
     """The targets: an encoder's vectors (len(ids), width) of the sentences numbered `ids`.
 
     A memory-mapped float16 file, made once. They are those before a final Normalize, as in the
-    paper. fingerprint: names the encoder's weights. layers: False for its embedding block alone.
+    paper. fingerprint: names the encoder's weights. embeddings_only: as in Encoder.forward.
     """
     c = encoder.config
-    shape = len(ids), c.width if layers else c.hidden_size
-    key = (fingerprint, str(encoder.dtype), c.max_seq_length, c.prompt, layers)
+    shape = len(ids), c.hidden_size if embeddings_only else c.width
+    how = "mean" if embeddings_only else True  # True: as caches have it
+    key = (fingerprint, str(encoder.dtype), c.max_seq_length, c.prompt, how)
     path = Path(cache) / f"vectors-{digest(2, corpus.key, ids.tobytes(), *key)}.npy"
     if not path.exists():
         with atomic(path) as tmp, open(tmp, "wb") as f:
@@ -327,7 +328,7 @@ def vectors(corpus, ids, encoder, fingerprint, cache, layers=True, chunk=8192):
             progress = meter("targets")
             for i in range(0, len(ids), chunk):
                 texts = corpus.texts(ids[i : i + chunk])
-                v = encoder.embed(*encoder.tokenize(texts), layers=layers).astype(np.float16)
+                v = encoder.embed(*encoder.tokenize(texts), embeddings_only).astype(np.float16)
                 finite = "its vectors are not finite in float16; is this a trained encoder?"
                 need(np.isfinite(v).all(), f"the source of {path.name}: {finite}")
                 f.write(v.tobytes())
@@ -344,9 +345,7 @@ def vocabulary(corpus, size, lower_case, cache):
     """The tokenizer that train_tokenizer learns from a corpus, made once."""
     path = Path(cache) / f"vocabulary-{digest(4, corpus.key, size, lower_case)}.json"
     if not path.exists():
-        parts = range(0, min(len(corpus.first), FAIR_SAMPLE), 10000)
-        texts = (t for i in parts for t in corpus.texts(slice(i, i + 10000)))
-        tokenizer = train_tokenizer(texts, size, lower_case)
+        tokenizer = train_tokenizer(corpus.texts(slice(FAIR_SAMPLE)), size, lower_case)
         with atomic(path) as tmp:
             tmp.write_text(tokenizer.to_str(), "utf-8")
     with reading(path, "a whole cache entry", "; delete it and run again"):

@@ -76,8 +76,6 @@ def reading(path, expected, fix=""):
         yield
     except MemoryError:
         raise
-    except InputError as e:
-        raise InputError(f"{path}: not {expected}: {e}{fix}") from e
     except OSError as e:
         raise InputError(f"{path}: cannot read ({e.strerror or e}){fix}") from e
     except Exception as e:  # a damaged file can make a library raise anything
@@ -93,12 +91,12 @@ def atomic(path):
     Raises: InputError where it cannot be written, naming the path.
     """
     path = Path(path)
-    mine = f".{path.name}.tmp-{platform.node()}@"  # machines may share a folder
-    tmp = path.with_name(f"{mine}{os.getpid()}")
+    prefix = f".{path.name}.tmp-{platform.node()}@"  # machines may share a folder
+    tmp = path.with_name(f"{prefix}{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in (f for f in path.parent.iterdir() if f.name.startswith(mine)):
-            process = Path("/proc", old.name.removeprefix(mine))
+        for old in (f for f in path.parent.iterdir() if f.name.startswith(prefix)):
+            process = Path("/proc", old.name.removeprefix(prefix))
             if Path("/proc/self").exists() and not process.exists():  # it was killed in a save
                 delete(old)
         try:
@@ -411,7 +409,7 @@ def _pooling_mode(raw):
 
 
 # ----------------------------------------------------------------------------------------- layers
-class Narrow:
+class Int8Weight:
     """A module whose weight (m, n) may be int8, with a scale (m,) beside it.
 
     It stays so in memory and widens in use: a matrix in each call, of a table the rows looked up.
@@ -428,7 +426,7 @@ class Narrow:
         super()._load_from_state_dict(state, prefix, *how)
 
 
-class Linear(Narrow, nn.Linear):
+class Linear(Int8Weight, nn.Linear):
     """A linear map whose weights follow the dtype of its input, then an activation.
 
     Master weights stay float32 and are cast once a call: autocast does the same with more copies,
@@ -461,7 +459,7 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-class Table(Narrow, nn.Embedding):
+class Table(Int8Weight, nn.Embedding):
     """Rows by id: (V, B or H) for words, (positions, H), (token types, H)."""
 
     def forward(self, ids):
@@ -494,19 +492,19 @@ class Embeddings(nn.Module):
             position = real.cumsum(1) * real + c.pad_token_id  # (N, T)
         x = self.word(ids).to(dtype)  # (N, T, B or H)
         x = self.project(x) if self.project is not None else x  # (N, T, H)
-        first = ids.new_zeros(1)  # token type 0 everywhere: a sentence is one segment
-        x = x + (self.position(position) + self.token_type(first)).to(dtype)
+        segment = ids.new_zeros(1)  # token type 0 everywhere: a sentence is one segment
+        x = x + (self.position(position) + self.token_type(segment)).to(dtype)
         return F.dropout(self.norm(x), c.dropout, self.training)
 
 
-def plain_attention(q, k, v, bias, dropout=0.0):
-    """softmax(q k' / sqrt(d) + bias) v; q, k, v (N, h, T, d), bias as in Encoder.hidden.
+def plain_attention(q, k, v, attn_mask, dropout=0.0):
+    """softmax(q k' / sqrt(d) + attn_mask) v; q, k, v (N, h, T, d), attn_mask of Encoder.hidden.
 
     The path on CPU in training, where SDPA's backward pass costs more than these two products at
     sentence lengths, and for short sentences in bfloat16, where its forward pass does, too.
     """
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (N, h, T, T)
-    scores = scores if bias is None else scores + bias
+    scores = scores if attn_mask is None else scores + attn_mask
     # In float32: more exact, and faster than bfloat16's own kernel at most lengths.
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
     return F.dropout(weights, dropout, dropout > 0) @ v  # (N, h, T, d)
@@ -524,16 +522,16 @@ class Layer(nn.Module):
         self.up, self.down = Linear(H, c.intermediate_size), Linear(c.intermediate_size, H)
         self.norm2 = LayerNorm(H, eps=eps)
 
-    def forward(self, x, bias):  # x (N, T, H)
+    def forward(self, x, attn_mask):  # x (N, T, H)
         c, (N, T, H) = self.config, x.shape
         p = c.dropout if self.training else 0.0
         qkv = self.qkv(x).view(N, T, 3, c.num_attention_heads, -1)  # (N, T, 3, h, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, h, T, d)
         short = T <= 32 and x.dtype == torch.bfloat16
         if x.device.type == "cpu" and (torch.is_grad_enabled() or short):
-            a = plain_attention(q, k, v, bias, p)
+            a = plain_attention(q, k, v, attn_mask, p)
         else:
-            a = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=p)
+            a = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=p)
         a = self.out(a.transpose(1, 2).reshape(N, T, H))  # heads side by side again
         x = self.norm1(x + F.dropout(a, p, self.training))
         y = self.down(self.up(x, c.hidden_act))
@@ -588,27 +586,31 @@ class Encoder(nn.Module):
         """Are any of its weights int8? They cannot be trained, nor exported again."""
         return any(hasattr(m, "scale") for m in self.modules())
 
-    def hidden(self, ids, mask, layers=True):
-        """ids, mask (N, T) -> (N, T, H). layers=False stops after the embedding block (stage 2)."""
+    def hidden(self, ids, mask, embeddings_only=False):
+        """ids, mask (N, T) -> (N, T, H); of the embedding block alone in stage 2."""
         x = self.embeddings(ids, self.dtype)
-        if not layers:
+        if embeddings_only:
             return x
-        bias = None  # added to attention's scores, (N, 1, 1, T): the lowest number at pads
+        attn_mask = None  # added to the scores, (N, 1, 1, T): the lowest number at pads
         traced = torch.compiler.is_compiling()  # for ONNX: no branch may hang on the data
         if traced or mask.device.type != "cpu" or not mask.all():  # asking a GPU would wait for it
             lowest = torch.finfo(x.dtype).min
-            bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, lowest)[:, None, None]
+            attn_mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, lowest)
+            attn_mask = attn_mask[:, None, None]
         for layer in [*self.layers] * self.config.recurrence:  # cycle order 1..K, 1..K, ...
-            x = layer(x, bias)
+            x = layer(x, attn_mask)
         return x
 
-    def forward(self, ids, mask, layers=True):
+    def forward(self, ids, mask, embeddings_only=False):
         """ids, mask (N, T) -> sentence vectors (N, width), float32, before any Normalize.
 
-        Without layers, those of the embedding block: (N, H).
+        embeddings_only: (N, H), the mean of the embedding block, whatever the pooling is, as there
+        the first token is the same in every sentence.
         """
-        x = pool(self.hidden(ids, mask, layers), mask, self.config.pooling)
-        return self.dense(x) if layers else x
+        x = self.hidden(ids, mask, embeddings_only)  # (N, T, H)
+        if embeddings_only:
+            return pool(x, mask, "mean")
+        return self.dense(pool(x, mask, self.config.pooling))
 
     def tokenize(self, texts, prompt=None, chunk=2**14):
         """Texts -> (flat ids (sum of lengths,) uint32, starts (n + 1,) int64), truncated.
@@ -634,7 +636,7 @@ class Encoder(nn.Module):
         return put(ids, device or self.device), put(mask, device or self.device)
 
     @torch.inference_mode()
-    def embed(self, flat, starts, layers=True, progress=None, most=None):
+    def embed(self, flat, starts, embeddings_only=False, progress=None, most=None):
         """Vectors (n, width) float32, in input order, of tokenised sentences; before any Normalize.
 
         Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory
@@ -647,12 +649,12 @@ class Encoder(nn.Module):
         on_cpu = 2048 if self.dtype == torch.bfloat16 else 1024
         budget = 2**16 if self.device.type == "cuda" else on_cpu
         order = np.argsort(-lengths, kind="stable")
-        width = self.config.width if layers else self.config.hidden_size
+        width = self.config.hidden_size if embeddings_only else self.config.width
         out = torch.empty(len(lengths), width, device=self.device)
         i = 0
         while i < len(order):
             rows = order[i : i + max(1, min(most or len(order), budget // int(lengths[order[i]])))]
-            out[put(rows, self.device)] = self(*self.batch(flat, starts, rows), layers)
+            out[put(rows, self.device)] = self(*self.batch(flat, starts, rows), embeddings_only)
             i += len(rows)
             if progress:
                 progress(i, len(order))
@@ -726,9 +728,10 @@ BYTES = {"float32": 4, "float16": 2, "int8": 1}  # a parameter, in the files tha
 
 
 def ledger(config):
-    """Parameters by part, {"embedding", "layers", "other", "total"}, by building no memory.
+    """Parameters by part, {"embedding", "layers", "other", "total"}.
 
-    embedding: word table and B -> H map, positions, token types, LayerNorm; other: Dense.
+    embedding: word table and B -> H map, positions, token types, LayerNorm; other: Dense. Counted
+    on the meta device, which takes no memory.
     """
     with torch.device("meta"):
         model = Encoder(config)

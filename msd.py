@@ -4,8 +4,8 @@ The paper in its order, then what a run needs where no published assistant is at
     losses  |  the four stages  |  sizes and presets  |  how a student begins  |  an assistant
 
 s is an English sentence, t its translation; T the teacher, A the assistant, S the student.
-N pairs a batch, H hidden size, V vocabulary, B bottleneck, K unique layers, R recurrences; T in a
-shape is tokens.
+N pairs a batch, H hidden size and width of the vectors (a Dense module may change the latter), V
+vocabulary, B bottleneck, K unique layers, R recurrences; T in a shape is tokens.
 What runs the stages on files is train.py.
 """
 
@@ -48,17 +48,17 @@ class Stage:
 
     title: str
     targets: str  # whose vectors are the targets: teacher or assistant
-    own: bool  # True: each side has its own target; False: the English side's serves both
-    layers: bool = True  # False: the embedding blocks alone, pooled, on both sides of the loss
+    per_side: bool  # True: each side has its own target; False: the English side's serves both
+    embeddings_only: bool = False  # on both sides of the loss: no layers, mean pooling
     contrast: bool = False  # add the contrastive loss, "mcl" in the log
     extra: bool = False  # train on the files of --extra, too
 
 
 STAGES = {  # stage 1 trains the assistant, the others the student
-    1: Stage("teaching assistant", "teacher", own=False),
-    2: Stage("align the bottleneck", "assistant", own=True, layers=False, extra=True),
-    3: Stage("distil", "assistant", own=True, extra=True),
-    4: Stage("multilingual contrastive learning", "teacher", own=False, contrast=True),
+    1: Stage("teaching assistant", "teacher", per_side=False),
+    2: Stage("align the bottleneck", "assistant", per_side=True, embeddings_only=True, extra=True),
+    3: Stage("distil", "assistant", per_side=True, extra=True),
+    4: Stage("multilingual contrastive learning", "teacher", per_side=False, contrast=True),
 }
 
 
@@ -76,10 +76,10 @@ def stage_loss(stage, model, s, t, y_s, y_t=None, contrast=True, gather=None):
     which the targets belong.
     """
     row = STAGES[stage]
-    X_s, X_t = model(*s, layers=row.layers), model(*t, layers=row.layers)  # (N, H) each
+    X_s, X_t = (model(*side, embeddings_only=row.embeddings_only) for side in (s, t))  # (N, H) each
     if gather:
         X_s, X_t = gather(X_s), gather(X_t)
-    terms = {"en": mse(X_s, y_s), "tr": mse(X_t, y_t if row.own else y_s)}
+    terms = {"en": mse(X_s, y_s), "tr": mse(X_t, y_t if row.per_side else y_s)}
     if row.contrast and contrast:
         terms["mcl"] = contrastive(X_s, X_t, y_s)
     return terms
@@ -92,7 +92,7 @@ class Preset:
     stages 1 to 4."""
 
     bottleneck: int  # B; 0 keeps the full word table and skips stage 2
-    layers: tuple  # numbers of the K assistant's layers to copy, from 1; the paper's: the first
+    layers: tuple  # numbers of the assistant's layers to copy, from 1; the paper's: the first K
     recurrence: int  # R; the paper keeps K x R at the assistant's depth
     lr: tuple = (16e-5, 16e-5, 16e-5, 16e-5)  # peak learning rates
     batch: tuple = (64, 128, 64, 64)  # pairs a step

@@ -40,30 +40,30 @@ from demo import corpus as demo
 from model import need, put
 
 SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
-EVALS = 4  # dev readings a stage; the best one's weights are kept
+EVALS = 4  # dev eval_steps a stage; the best one's weights are kept
 
 # -------------------------------------------------------------------------------------- arguments
-# What a continuation may change; a device changes the bits and, unless it is given, the dtype.
+# What a continuation may change; a device changes the bits and, without --dtype, the dtype.
 FREE = {"out", "cache", "device", "keep"}
 
 
 def number(kind, low, below=math.inf, by_stage=False):
     """A type for argparse: low <= x < below. by_stage: one for all stages, or one for each."""
-    stages = len(msd.STAGES)
+    n_stages = len(msd.STAGES)
 
     def parse(text):
         values = tuple(map(kind, text.split(",") if by_stage else [text]))
-        if len(values) not in (1, stages) or not all(low <= x < below for x in values):
+        if len(values) not in (1, n_stages) or not all(low <= x < below for x in values):
             limit = f", less than {below}" if below < math.inf else ""
-            each = f"; one value, or {stages} with commas" if by_stage else ""
+            each = f"; one value, or {n_stages} with commas" if by_stage else ""
             raise argparse.ArgumentTypeError(f"{text}: expected {low} or more{limit}{each}")
-        return values * (stages // len(values)) if by_stage else values[0]
+        return values * (n_stages // len(values)) if by_stage else values[0]
 
     parse.__name__ = kind.__name__  # what argparse calls it in its error
     return parse
 
 
-def stages(text):
+def stage_list(text):
     """A type for argparse: 1-4 or 1,4 -> the list of stages."""
     spans = [re.fullmatch(r"(\d)(?:-(\d))?", part.strip()) for part in text.split(",")]
     wanted = {k for m in spans if m for k in range(int(m[1]), int(m[2] or m[1]) + 1)}
@@ -73,7 +73,7 @@ def stages(text):
     return sorted(wanted)
 
 
-def layers(text):
+def layer_list(text):
     """A type for argparse: 3 -> (1, 2, 3), the first three layers; 1,6,12 -> those; 12, -> it."""
     numbers = tuple(map(int, text.removesuffix(",").split(",")))
     if not all(0 < k < 10_000 for k in numbers):
@@ -96,14 +96,15 @@ def parser():
     add("--dev", **files, help="held-out pairs, en-XX.tsv: pick the checkpoints, give the accuracy")
     add("--sts", metavar="DIR", help="sets *.A-B.txt, read once, at the end; or dev sets, to try")
     add = ap.add_argument_group("sizes").add_argument
-    add("--preset", choices=msd.PRESETS, help="demo without --train, minilm with it")
+    add("--preset", choices=msd.PRESETS, help="demo without your own data, minilm with it")
     add("--bottleneck", type=number(int, 0), help="B, width of the word table; 0: full, no stage 2")
-    add("--layers", type=layers, help="K, unique layers, the first ones; or which: 1,6,12; 12,")
+    add("--layers", type=layer_list, help="K, unique layers, the first; or which: 1,6,12; 12,")
     add("--recurrence", type=number(int, 1, 1000), help="R, times they run; speed follows K x R")
-    add("--vocab", type=number(int, 100), help="pieces learnt here; more helps across languages")
+    add("--vocab", type=number(int, 100), help="pieces learnt here; more help up to a point")
     add("--keep-vocab", type=number(int, 1), help="pieces of --assistant to keep, most used first")
-    add = ap.add_argument_group("schedule: one value, or four for stages 1 to 4").add_argument
-    add("--stages", type=stages, default=[*msd.STAGES], help="1-4; 2-4 takes --assistant as it is")
+    add = ap.add_argument_group("schedule; of numbers one, or four for stages 1 to 4").add_argument
+    all_stages = {"type": stage_list, "default": [*msd.STAGES]}
+    add("--stages", **all_stages, help="1-4; 2-4 takes --assistant as it is")
     add("--epochs", type=each(float, 1e-6, 1e6), help="passes over the pairs; 0.1: a quick look")
     add("--batch", type=each(int, 1), help="pairs a step; in stage 4 each is contrasted with all")
     add("--lr", type=each(float, 1e-12), help="peak learning rate; small models take 1e-3 and more")
@@ -209,7 +210,7 @@ class Run:
         return t.tolist()
 
     @contextlib.contextmanager
-    def first(self):
+    def main_process_first(self):
         """The first process goes through alone and makes what the others then find."""
         if self.rank:
             dist.barrier(self.group)
@@ -219,8 +220,8 @@ class Run:
 
     def build(self, folder, make):
         """The folder of a model, make(), which the first process saves if it is not there."""
-        with self.first() as mine:
-            if mine and not (folder.exists() or self.trained):
+        with self.main_process_first() as is_main:
+            if is_main and not (folder.exists() or self.trained):
                 make().save(folder)
         return folder
 
@@ -239,7 +240,7 @@ def keep_memory():
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def same_run(run):
+def run_identity(run):
     """What this run is: its settings, and the names and content of its files. Raises: InputError if
     it began as another, with both values."""
     args = run.args
@@ -271,7 +272,7 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
     model.train()
     optimizer = make_optimizer(model, lr)
     training = Training(run, name, model, optimizer, steps)
-    readings = {math.ceil(steps * (i + 1) / EVALS) for i in range(EVALS)} if dev_loss else ()
+    eval_steps = {math.ceil(steps * (i + 1) / EVALS) for i in range(EVALS)} if dev_loss else ()
     with deferred_signals() as caught:
         for step in range(training.restore(), steps):
             seed = M.digest(run.args.seed, name, step, run.rank)  # of dropout
@@ -286,8 +287,8 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
             optimizer.step()
 
             training.report(step, terms, norm, tokens)
-            if step + 1 in readings:
-                training.choose(step, dev_loss())
+            if step + 1 in eval_steps:
+                training.keep_if_best(step, dev_loss())
             due = time.monotonic() - training.saved > SAVE_SECONDS and step + 1 < steps
             stop, due = run.largest(max(caught, default=0), due)
             if stop or due:
@@ -356,7 +357,7 @@ class Training:
             parts = {"model": q.detach(), "best": best, **optimizer.state[q]}
             self.tensors |= {f"{part}.{k}": v for part, v in parts.items()}
         self.tokens = 0
-        self.health = torch.zeros((), device=model.device)
+        self.loss_sum = torch.zeros((), device=model.device)
         self.begun = self.saved = self.shown = self.logged = time.monotonic()
 
     def seconds(self):
@@ -366,8 +367,8 @@ class Training:
         """Write the checkpoint: the first process does, and nobody goes on before it has."""
         self.check(step)
         meta = {"stage": self.name, "step": step, "best": self.best_loss, "seconds": self.seconds()}
-        with self.run.first() as mine:
-            if mine:
+        with self.run.main_process_first() as is_main:
+            if is_main:
                 M.write_safetensors(self.file, self.tensors, {k: str(v) for k, v in meta.items()})
         self.saved = time.monotonic()
 
@@ -394,7 +395,7 @@ class Training:
         """Log a hundred times a stage, no more: reading numbers makes the host wait for a GPU."""
         loss = sum(terms.values()).detach()
         done = step + 1
-        self.health += loss + norm  # once it is not finite, it stays so
+        self.loss_sum += loss + norm  # once it is not finite, it stays so
         self.tokens += tokens
         if done % max(1, self.steps // 100) and done < self.steps:
             return
@@ -415,9 +416,9 @@ class Training:
     def check(self, step):
         """Raises: InputError if a loss was not finite, before anything is saved over."""
         what = f"{self.name}: by step {step} the loss or the gradient norm is not finite"
-        need(math.isfinite(self.health), f"{what}. Choose a lower --lr and another --out")
+        need(math.isfinite(self.loss_sum), f"{what}. Choose a lower --lr and another --out")
 
-    def choose(self, step, loss):
+    def keep_if_best(self, step, loss):
         """Keep the weights if this dev loss is the best so far."""
         self.run.log(stage=self.name, step=step, dev=loss)
         if loss < self.best_loss:
@@ -445,31 +446,32 @@ def read_log(folder):
 
 
 # ------------------------------------------------------------------------------------- the stages
-def train_stage(run, stage, sources, start, leaves):
-    """One stage of the paper, from the model in `start` to the folder `leaves`, which it returns.
+def train_stage(run, stage, models, start, folder):
+    """One stage of the paper, from the model in `start` to `folder`, which it returns.
 
-    sources: {"teacher": folder, "assistant": folder}; msd.STAGES says which gives the targets.
+    models: {"teacher": folder, "assistant": folder}; msd.STAGES says which gives the targets.
     """
-    if leaves.exists() or run.trained:
-        return leaves
-    args, k, spec, corpus = run.args, stage - 1, msd.STAGES[stage], run.corpus
+    if folder.exists() or run.trained:
+        return folder
+    args, spec, corpus = run.args, msd.STAGES[stage], run.corpus
+    lr, batch, epochs = (x[stage - 1] for x in (args.lr, args.batch, args.epochs))
     model = run.load(start, train=True)
-    source = sources[spec.targets]
+    source = models[spec.targets]
     for part in (model.layers, model.dense):
-        part.requires_grad_(spec.layers)  # stage 2 has no use for them
+        part.requires_grad_(not spec.embeddings_only)  # stage 2 has no use for them
     pairs = stage_pairs(run, stage)
-    loss_at, steps = stage_batches(run, stage, model, corpus, pairs, source, args.epochs[k])
+    loss_at, steps = stage_batches(run, stage, model, corpus, pairs, source, epochs)
     dev_loss = None
     if run.dev:
-        few = np.random.default_rng(0).permutation(run.dev.pairs)[:1000]
-        on_dev = stage_batches(run, stage, model, run.dev, few, source)
+        sample = np.random.default_rng(0).permutation(run.dev.pairs)[:1000]
+        on_dev = stage_batches(run, stage, model, run.dev, sample, source)
         dev_loss = functools.partial(mean_loss, model, *on_dev)
     run.say(
         f"stage {stage}, {spec.title}: from {start.name}, targets from the {spec.targets}, "
-        f"{len(pairs):,} pairs, {steps:,} steps of {args.batch[k]}, learning rate {args.lr[k]:g}"
+        f"{len(pairs):,} pairs, {steps:,} steps of {batch}, learning rate {lr:g}"
     )
-    fit(run, f"stage {stage}", model, steps, args.lr[k], loss_at, dev_loss)
-    return run.build(leaves, lambda: model)
+    fit(run, f"stage {stage}", model, steps, lr, loss_at, dev_loss)
+    return run.build(folder, lambda: model)
 
 
 def stage_pairs(run, stage):
@@ -485,7 +487,7 @@ def stage_batches(run, stage, model, corpus, pairs, source, epochs=None):
     be seen and read from disk by step. epochs: passes, for training; without, one for dev.
     """
     args, spec = run.args, msd.STAGES[stage]
-    with run.first():
+    with run.main_process_first():
         flat, starts = data.tokens(corpus, model, args.cache)
     lengths = np.diff(starts)[pairs]  # (n, 2)
 
@@ -496,10 +498,12 @@ def stage_batches(run, stage, model, corpus, pairs, source, epochs=None):
     one_pass = batches(0)
     steps = math.ceil((epochs or 1) * len(one_pass))
     seen = pairs[np.concatenate(one_pass[:steps])]  # (m, 2)
-    wanted = np.unique(seen if spec.own else seen[:, 0])
+    wanted = np.unique(seen if spec.per_side else seen[:, 0])
     name = M.fingerprint(source)
-    with run.first():
-        targets = data.vectors(corpus, wanted, run.load(source), name, args.cache, spec.layers)
+    with run.main_process_first():
+        targets = data.vectors(
+            corpus, wanted, run.load(source), name, args.cache, spec.embeddings_only
+        )
     net = model  # what the loss calls
     if epochs and run.world > 1:  # averages the gradients over the processes
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -511,9 +515,9 @@ def stage_batches(run, stage, model, corpus, pairs, source, epochs=None):
         epoch, i = divmod(step, len(one_pass))
         numbers = batches(epoch)[i]  # (N,)
         s, t = pairs[numbers].T  # (N,) each
-        y_s, y_t = target(s), target(t) if spec.own else None
-        mine, gather = share_of(run, len(numbers))
-        sides = (model.batch(flat, starts, side[mine]) for side in (s, t))  # (N, T) each
+        y_s, y_t = target(s), target(t) if spec.per_side else None
+        rows, gather = share_of(run, len(numbers))
+        sides = (model.batch(flat, starts, side[rows]) for side in (s, t))  # (N, T) each
         terms = msd.stage_loss(stage, net, *sides, y_s, y_t, not args.no_contrast, gather)
         return terms, int(lengths[numbers].sum())
 
@@ -540,18 +544,18 @@ def share_of(run, n):
     """
     if run.world == 1:
         return slice(None), None
-    mine = np.arange(run.rank, n, run.world)
-    index = put(mine, run.args.device)
+    rows = np.arange(run.rank, n, run.world)
+    index = put(rows, run.args.device)
 
     def gather(x):
-        x = x[: len(mine)]  # of an empty share, a row that does not count
+        x = x[: len(rows)]  # of an empty share, a row that does not count
         whole = x.new_zeros(n, x.shape[1]).index_copy(0, index, x.detach())
         dist.all_reduce(whole)
         if x.requires_grad:
             x.register_hook(lambda g: run.world * g)
         return whole.index_copy(0, index, x)
 
-    return mine if len(mine) else np.zeros(1, np.int64), gather
+    return rows if len(rows) else np.zeros(1, np.int64), gather
 
 
 # ----------------------------------------------------------------------------------- the pipeline
@@ -560,20 +564,20 @@ def pipeline(run):
 
     Each step is skipped where its folder is there: the same command continues a run.
     """
-    args, out, between = run.args, run.out, run.out / "stages"
+    args, out, stage_dir = run.args, run.out, run.out / "stages"
     read_inputs(run)
-    begin(run)
+    write_run_json(run)
     models = {"teacher": Path(args.teacher) if args.teacher else demo_teacher(run)}  # by row
     look_at_teacher(run, models["teacher"])
 
     # The assistant: given, or the teacher's body with a new vocabulary; stage 1 trains it.
     assistant = args.assistant and Path(args.assistant)
     if not assistant:
-        start = between / "assistant-start"
+        start = stage_dir / "assistant-start"
         assistant = run.build(start, lambda: start_assistant(run, models["teacher"]))
     elif args.keep_vocab:
         models["assistant, given"] = assistant
-        cut = between / "assistant-start" if 1 in args.stages else out / "assistant"
+        cut = stage_dir / "assistant-start" if 1 in args.stages else out / "assistant"
         assistant = run.build(cut, lambda: start_cut_assistant(run))
     if 1 in args.stages:
         models["assistant, untrained"] = assistant
@@ -582,11 +586,12 @@ def pipeline(run):
 
     # The student: bottleneck, some of the assistant's layers; stages 2 to 4 train it.
     if student_stages := [k for k in args.stages if k > 1]:
-        student = run.build(between / "student-start", lambda: start_student(run, assistant))
+        student = run.build(stage_dir / "student-start", lambda: start_student(run, assistant))
         models["student, untrained"] = student
         for k in student_stages:
-            leaves = out / "student" if k == student_stages[-1] else between / f"stage{k}"
-            student = train_stage(run, k, models, student, leaves)
+            last = k == student_stages[-1]
+            folder = out / "student" if last else stage_dir / f"stage{k}"
+            student = train_stage(run, k, models, student, folder)
             models[f"student, stage {k}"] = student
     if run.rank == 0:
         finish(run, models)
@@ -609,7 +614,7 @@ def read_inputs(run):
         msd.check_sizes(body, args.bottleneck, args.layers, args.recurrence)
     if not args.train:  # the built-in corpus, as files of the run
         made = run.out / "data"
-        with run.first():
+        with run.main_process_first():
             if not made.exists():
                 demo.write_demo(made)
         # run.json, of what was given, is settled by now.
@@ -619,7 +624,7 @@ def read_inputs(run):
     train, extra, dev = (expand(getattr(args, x), f"--{x}") for x in ("train", "extra", "dev"))
     run.say(f"data: reading {len(train + extra + dev)} files")
     most = max(args.max_lines)
-    with run.first():
+    with run.main_process_first():
         run.corpus = data.build_corpus(train, args.cache, extra, args.max_chars, most)
         run.dev = data.build_corpus(dev, args.cache, (), args.max_chars) if dev else None
     for line in run.corpus.describe(most):
@@ -629,7 +634,7 @@ def read_inputs(run):
         need(stage_pairs(run, k).size, f"stage {k} has no pairs: {dropped}")
 
 
-def begin(run):
+def write_run_json(run):
     """Note what this run is, once its inputs are known: a mistyped path leaves nothing behind."""
     if run.rank == 0 and not (run.out / "run.json").exists():
         with M.atomic(run.out / "run.json") as tmp:
@@ -661,7 +666,7 @@ def look_at_teacher(run, folder):
     run.say(
         f"teacher: width {teacher.config.width}, mean norm {norm:.3f}, mean cosine of different "
         f"sentences {cosine:.3f}, {cut:.1%} truncated; MSE of the best constant guess {error:.5f}: "
-        "a loss near it has learnt nothing"
+        "a loss term near it has learnt nothing"
     )
     if cosine > 0.8:
         run.say("  warning: all sentences look alike to this teacher; is it the right pooling?")
@@ -893,7 +898,7 @@ def main(argv=None):
     file = args.out / "results.json"
     need(not args.out.is_file(), f"--out {args.out}: is a file; give a folder")
     keep_memory()
-    run.identity = same_run(run)
+    run.identity = run_identity(run)
     if not file.exists():
         return pipeline(run)
     run.say("this run is finished; without its results.json the same command writes it again")
