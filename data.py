@@ -153,7 +153,7 @@ def read_sts(folder):
     """
     sets = {}
     named = re.compile(r"(?:^|[._])([a-z]{2,3}-[a-z]{2,3})\.(txt|tsv)(\.gz)?$")
-    for path in sorted(Path(folder).glob("*")):
+    for path in sorted(Path(folder).glob("[!.]*")):
         if not (m := named.search(path.name)):
             continue
         rows = []
@@ -166,7 +166,10 @@ def read_sts(folder):
             expected = "expected UTF-8, sentence<TAB>sentence<TAB>score from 0 to 5"
             need(ok, f"{path}:{number}: {text[:80]!r}: {expected}")
             rows.append((a, b, float(score)))
-        need(len(rows) >= 2, f"{path}: {len(rows)} lines; a correlation needs two or more")
+        different = len({score for *_, score in rows})
+        need(
+            different > 1, f"{path}: {different} different scores; a correlation needs two or more"
+        )
         need(m[1] not in sets, f"{path}: a second file for {m[1]} in {folder}; keep one")
         a, b, scores = zip(*rows)
         sets[m[1]] = list(a), list(b), np.array(scores)
@@ -195,7 +198,8 @@ class Corpus:
         self.key = self.folder.name
         for name in ("text", "starts", "pairs", "group", "line", "first"):
             setattr(self, name, open_array(self.folder / f"{name}.npy"))
-        self.report = read_json(self.folder / "report.json")["files"]
+        with reading(self.folder, "a whole cache entry", "; delete it and run again"):
+            self.report = read_json(self.folder / "report.json")["files"]
 
     def texts(self, ids):
         """The sentences with these numbers."""

@@ -154,7 +154,7 @@ def is_count(value, limit=2**62):
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit
 
 
-def read_safetensors(path, to=None, copy=False, but=()):
+def read_safetensors(path, to=None, copy=False, but=(), fix=". Fetch or export it again"):
     """(tensors by name, metadata) of a safetensors file.
 
     Tensors are views of a private mapping of the file: a page costs memory when it is used. With
@@ -162,7 +162,7 @@ def read_safetensors(path, to=None, copy=False, but=()):
     those whose name ends so.
     Raises: InputError with the file and the reason.
     """
-    with reading(path, "a valid safetensors file", ". Fetch or export it again"):
+    with reading(path, "a valid safetensors file", fix):
         with open(path, "rb") as f:
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         body = 8 + int.from_bytes(data[:8], "little")
@@ -277,6 +277,7 @@ KNOWN = {  # what is usual first: a config.json may leave it out
     "is_decoder": (False,),
     "include_prompt": (True,),
     "processing_kwargs": ({},),
+    "truncation_side": ("right",),
 }
 
 
@@ -291,9 +292,11 @@ def read_config(file, modules, pad_id, shapes):
     said = {k: v for k, v in said.items() if v[0] is not None and k != "dropout"}
     raw = {f.name: f.default for f in fields(Config)} | {"type_vocab_size": 2}  # as in others' BERT
     beside = file.with_name("tokenizer_config.json")
-    limit = read_json(beside).get("model_max_length") if beside.exists() else None
-    if is_count(limit, 2**31):  # others write 1e30 for none
-        said.setdefault("max_seq_length", (limit, beside))
+    told = read_json(beside) if beside.exists() else {}
+    if is_count(told.get("model_max_length"), 2**31):  # others write 1e30 for none
+        said.setdefault("max_seq_length", (told["model_max_length"], beside))
+    if "truncation_side" in told:
+        said["truncation_side"] = told["truncation_side"], beside
     raw |= {"max_seq_length": 2**30} | {k: v[0] for k, v in said.items()}
 
     def check(ok, name, expected):
@@ -365,13 +368,20 @@ def read_modules(root):
     with reading(file, "a list of modules with type and path"):
         modules = [(m["type"].rsplit(".", 1)[-1], root / m["path"]) for m in listed]
     names = " ".join(name for name, _ in modules)
-    if names == "SentenceEncoder":  # an export of this project: all is in its config.json
-        return root, [], {}
+    said, settings = {}, read_json(prompts) if prompts.exists() else {}
+    with reading(prompts, "prompts by name"):
+        known = {None: "", "query": "", "document": ""} | (settings.get("prompts") or {})
+        name = settings.get("default_prompt_name")
+        need(name in known, f"default_prompt_name {name!r} is not among them")
+        said["prompt"] = known[name], prompts
+    said["truncate_dim"] = settings.get("truncate_dim"), prompts
+    if names == "SentenceEncoder":  # an export of this project: the rest is in its config.json
+        return root, [], said if settings else {}
     known = "Transformer Pooling( Dense)*( Normalize)?"
     fits = re.fullmatch(known, names)
     need(fits, f"{file}: modules {names!r}, expected {known}; others are not supported")
     body, pooling, *dense = [folder for name, folder in modules if name != "Normalize"]
-    said = {"normalize": (names.endswith("Normalize"), file)}
+    said["normalize"] = names.endswith("Normalize"), file
     pooled = read_json(pooling / "config.json")
     said["pooling"] = _pooling_mode(pooled), pooling / "config.json"
     maps, files = [], [folder / "config.json" for folder in dense]
@@ -382,13 +392,6 @@ def read_modules(root):
         activation = str(raw.get("activation_function", "Tanh")).rsplit(".", 1)[-1].lower()
         maps.append([raw.get("out_features"), activation, raw.get("bias", True)])
     said["dense"] = maps, ", ".join(map(str, files)) or file
-    settings = read_json(prompts) if prompts.exists() else {}
-    with reading(prompts, "prompts by name"):
-        known = {None: "", "query": "", "document": ""} | (settings.get("prompts") or {})
-        name = settings.get("default_prompt_name")
-        need(name in known, f"default_prompt_name {name!r} is not among them")
-        said["prompt"] = known[name], prompts
-    said["truncate_dim"] = settings.get("truncate_dim"), prompts
     if said["prompt"][0] and not pooled.get("include_prompt", True):
         said["include_prompt"] = False, pooling / "config.json"
     beside = body / "sentence_bert_config.json"
@@ -707,7 +710,7 @@ class Encoder(nn.Module):
         tensors = narrow(to_hf(self.state_dict()), weights)
         for name, t in tensors.items():
             finite = not t.is_floating_point() or torch.isfinite(t).all()
-            need(finite, f"{folder}: {name} holds values that are not finite in {weights}")
+            need(finite, f"{name} holds values that are not finite in {weights}")
         write_safetensors(Path(folder, "model.safetensors"), tensors)
 
 
@@ -853,7 +856,9 @@ def read_weights(folder, to=None, copy=False):
     for file in files:
         must_exist(file, "AutoModel.from_pretrained", folder)
         # A table that is not copied stays as it is stored: rows are converted when looked up.
-        tensors |= read_safetensors(file, to, copy, but=() if copy else TABLE)[0]
+        found, _ = read_safetensors(file, to, copy, but=() if copy else TABLE)
+        need(tensors.keys().isdisjoint(found), f"{file}: holds what another file holds, too")
+        tensors |= found
     with reading(folder, "an encoder's weights"):
         return from_hf(tensors, folder)
 
@@ -967,7 +972,7 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
     model = unroll(model) if plain else model
     with atomic(out) as tmp:
         tmp.mkdir()
-        write_extras(model, tmp, plain)
+        write_extras(model, source, tmp, plain)
         model.write(tmp, weights)
         card = model_card(model, source, out.name, weights, onnx, plain)
         (tmp / "README.md").write_text(card, "utf-8")
@@ -994,7 +999,7 @@ def unroll(model):
     return model
 
 
-def write_extras(model, folder, plain):
+def write_extras(model, source, folder, plain):
     """What other programs look for beside our own files."""
     c = model.config
     home, files, kinds = "model", {}, ["SentenceEncoder"]
@@ -1005,9 +1010,11 @@ def write_extras(model, folder, plain):
         files["1_Pooling/config.json"] = {"word_embedding_dimension": c.hidden_size, **pooling}
     else:
         (folder / "model.py").write_bytes(Path(__file__).read_bytes())
-    if c.prompt:
-        prompts = {"prompts": {"default": c.prompt}, "default_prompt_name": "default"}
-        files["config_sentence_transformers.json"] = prompts
+    said = source / "config_sentence_transformers.json"  # it may name more prompts than ours
+    if said.exists():
+        shutil.copy(said, folder)
+    elif c.prompt:
+        files[said.name] = {"prompts": {"default": c.prompt}, "default_prompt_name": "default"}
     files["modules.json"] = [
         {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"{home}.{kind}"}
         for i, kind in enumerate(kinds)
@@ -1196,14 +1203,18 @@ def run_cli(main):
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as e:  # a full disk, where nothing is read or saved as a whole
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def read_texts(path):
     """The lines of a UTF-8 text file or, for "-", of standard input."""
-    with reading(path, "UTF-8 text", "; convert it with iconv"):
+    with reading(path, "readable"):
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    with reading(path, "UTF-8 text", "; convert it with iconv"):
         text = raw.decode("utf-8-sig")
     need(text, f"{path}: no lines to read")
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
@@ -1277,6 +1288,7 @@ def search(args, model):
     need(args.query is not None or args.corpus != "-", "a corpus on standard input needs a query")
     lines = read_texts(args.corpus)
     vectors = corpus_vectors(args, lines, model)
+    filled = [i for i, line in enumerate(lines) if line.strip()]  # a blank line is no answer
     queries = [args.query]
     if args.query is None:
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # encode() complains
@@ -1285,9 +1297,10 @@ def search(args, model):
             note("type a query a line; Ctrl-D ends")
     for query in queries:
         q = model.encode(query, normalize=True)  # (width,)
-        scores = np.concatenate([unit(x) @ q for x in blocks(vectors)])  # (n,)
+        scores = np.concatenate([unit(x) @ q for x in blocks(vectors)])[filled]
         for i in np.argsort(-scores, kind="stable")[: args.top]:
-            print(f"{scores[i]:.4f}\t{i + 1}\t{lines[i]}")
+            at = filled[i]
+            print(f"{scores[i]:.4f}\t{at + 1}\t{lines[at]}")
         print(end="\n" if args.query is None else "", flush=True)
 
 
@@ -1301,6 +1314,7 @@ def main(argv=None):
         sub = commands.add_parser(name, help=text, description=text)
         for argument in ("model", *arguments):
             sub.add_argument(argument)
+        sub.add_argument("--dtype", choices=kinds, default=argparse.SUPPRESS, help="here or before")
         return sub.add_argument
 
     command("similarity", "the cosine of two sentences", "a", "b")

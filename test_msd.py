@@ -983,8 +983,12 @@ def test_sts_files(tmp_path):
         write(tmp_path / "STS.en-de.txt", f"a\tb\t1\n{bad}\nc\td\t2\n")
         with pytest.raises(M.InputError, match="STS.en-de.txt:2"):
             data.read_sts(tmp_path)
+    write(tmp_path / "STS.en-de.txt", "a\tb\t1\nc\td\t1.0\n")
+    with pytest.raises(M.InputError, match="STS.en-de.txt: 1 different scores"):
+        data.read_sts(tmp_path)
+    (tmp_path / "STS.en-de.txt").rename(tmp_path / "._STS.en-de.txt")  # as macOS leaves them
     with pytest.raises(M.InputError, match="no similarity sets"):
-        data.read_sts(tmp_path / "nowhere")
+        data.read_sts(tmp_path)
 
 
 # ------------------------------------------------------------------------------------ safetensors
@@ -1258,6 +1262,9 @@ def test_sentence_transformers_directory(folder, tmp_path):
     (root / "model.safetensors").unlink()
     write(root / "model.safetensors.index.json", json.dumps({"weight_map": index}))
     assert (M.load(root, "float32").encode(TEXTS) * got.encode(TEXTS)).sum(1).min() > 0.9999
+    M.write_safetensors(root / "part-0.safetensors", tensors)
+    with pytest.raises(M.InputError, match="part-1.safetensors: holds what another file holds"):
+        M.load(root)
 
 
 def edit(path, **changes):
@@ -1420,8 +1427,9 @@ def world(tmp_path_factory, tokenizer):
 
 def command(world, out, *more, script=HERE / "train.py"):
     d = world / "d"
-    data_flags = ["--teacher", world / "teacher", "--train", d / "en-*.tsv"]
-    data_flags += ["--dev", d / "en-de.tsv", "--sts", d / "sts", "--preset", "demo"]
+    usual = {"--teacher": world / "teacher", "--train": d / "en-*.tsv", "--dev": d / "en-de.tsv"}
+    usual |= {"--sts": d / "sts", "--preset": "demo"}
+    data_flags = [x for flag in usual.items() if flag[0] not in more for x in flag]
     sizes = "--epochs 2 --batch 16 --vocab 200 --bottleneck 8 --dropout 0.1".split()
     place = ["--out", out, "--cache", world / "cache"]
     return [str(a) for a in (sys.executable, script, *data_flags, *sizes, *place, *more)]
@@ -1586,6 +1594,13 @@ def test_a_run_is_known_by_its_content(world, finished, tmp_path, capsys):
     write(out / "results.json", "{}")
     with pytest.raises(M.InputError, match="not a run's results.*delete it"):
         run_here(capsys, args)
+    shutil.copytree(out / "student", tmp_path / "faster")
+    place = train.Run(train.parse(args[2:]))
+    place.trained, student = False, tmp_path / "slower"
+    place.build(
+        student, lambda: (shutil.copytree(tmp_path / "faster", student), M.load(student))[1]
+    )
+    assert M.fingerprint(student) == M.fingerprint(out / "student")  # a faster process's
     with open(moved / "d" / "en-de.tsv", "a", encoding="utf-8") as f:
         f.write("a new pair\tein neues Paar\n")
     with pytest.raises(M.InputError, match="started with (dev|train) .*, now it is"):
@@ -1839,6 +1854,10 @@ def test_damaged_cache_is_named(tmp_path, tokenizer):
     ):
         with pytest.raises(M.InputError, match="not a whole cache entry.* delete"):
             call()
+    M.delete(c.folder)
+    write(data.build_corpus([file], tmp_path / "cache").folder / "report.json", "")
+    with pytest.raises(M.InputError, match="corpus-.*report.json: not readable as JSON.*; delete"):
+        data.Corpus(c.folder)
 
 
 def test_broken_weights(folder):
@@ -1883,6 +1902,15 @@ def test_a_loss_that_is_not_finite_stops(world, finished, tmp_path):
     assert not (tmp_path / "nan" / "assistant").exists()
 
 
+def test_a_damaged_checkpoint(world, finished, tmp_path, capsys):
+    shutil.copytree(world / "whole", out := tmp_path / "out")
+    for name in ("results.json", "student"):
+        M.delete(out / name)
+    write(out / "checkpoint.safetensors", b"x" * 100)
+    with pytest.raises(M.InputError, match="valid safetensors file: .*; delete it to redo stage 4"):
+        run_here(capsys, command(world, out))
+
+
 def test_full_disk_keeps_the_last_good_file(tmp_path, tokenizer):
     """RLIMIT_FSIZE stands in for a full disk: a clear message, and what was there stays whole."""
     code = f"""
@@ -1923,7 +1951,7 @@ except M.InputError as e:
         (["--seed", "x"], "invalid int value: 'x'"),
         (["--layers", "0"], "argument --layers: '0': expected 1 or more"),
         (["--layers", "2000000000"], "argument --layers: '2000000000': expected 1 or more"),
-        (["--layers", "1,,"], "argument --layers: invalid layers value: '1,,'"),
+        (["--layers", "1,,"], "argument --layers: invalid layer_list value: '1,,'"),
         (["--device", "nonsense"], "is not usable here"),
         (["--device", "mps"], "is not usable here"),
         (["--layers", "9"], "--layers 9: expected 1 to 4"),
@@ -1964,7 +1992,7 @@ def test_which_pairs_a_stage_trains_on(world, tmp_path, capsys):
     files = [tsv(place, n) / "en-de.tsv" for n in (40,)]
     more = write(place / "en-tr.tsv", "one\tbir\ntwo\tiki\n")
     twice = place / ".." / place.name / files[0].name
-    flags = ["--train", *files, "--extra", more, twice, "--max-lines", "40,10,40,5"]
+    flags = ["--train", *files, "--extra", more, "--extra", twice, "--max-lines", "40,10,40,5"]
     run = train.Run(train.parse(command(world, tmp_path / "x", *flags)[2:]))
     train.read_inputs(run)
     assert [len(train.stage_pairs(run, k)) for k in (1, 2, 3, 4)] == [40, 12, 42, 5]
@@ -2134,9 +2162,13 @@ def test_using_a_model(world, finished, tmp_path, capsys):
 
     assert -1 <= float(model_py("similarity", student, "red old", "der alte")) <= 1
     lines = write(tmp_path / "lines", "red old\nblue new\n")
-    encode = [sys.executable, HERE / "model.py", "--dtype", "float32", "encode", student]
+    encode = [sys.executable, HERE / "model.py", "encode", student, "--dtype", "float32"]
     with open(lines, "rb") as f:
         done = subprocess.run([str(a) for a in encode], stdin=f, capture_output=True)
+    if Path("/dev/full").exists():
+        with open("/dev/full", "wb") as full, open(lines, "rb") as f:
+            end = subprocess.run([str(a) for a in encode], stdin=f, stdout=full, stderr=-1)
+        assert end.returncode and end.stderr.startswith(b"error: [Errno 28] No space left")
     (tmp_path / "v.npy").write_bytes(done.stdout)
     want = M.load(student, "float32").encode(["red old", "blue new"])
     assert np.array_equal(np.load(tmp_path / "v.npy"), want)
@@ -2146,7 +2178,9 @@ def test_using_a_model(world, finished, tmp_path, capsys):
     assert model_py("similarity", student, "red\u200cold", "red old")  # Persian joins words so
     with pytest.raises(M.InputError, match="without control characters"):
         model_py("similarity", student, "red\x1bold", "red old")
-    assert "total" in model_py("info", student)
+    assert "total" in model_py("--dtype", "float32", "info", student)
+    with pytest.raises(M.InputError, match=r"nowhere: cannot read \(No such file or directory\)$"):
+        model_py("search", student, "nowhere", "red")
     gone = run([sys.executable, HERE / "model.py", "info", tmp_path / "nowhere"])
     assert gone.returncode == 2 and "no such model directory" in gone.stderr
     assert gone.stderr.count("\n") == 1
@@ -2253,6 +2287,12 @@ def test_search_without_a_store(search):
     assert got.out == want and not got.err and len(stored()) == 1
     with pytest.raises(M.InputError, match="needs a query"):
         search(corpus="-")
+
+
+def test_search_leaves_out_blank_lines(search):
+    want = search("blue new").out.replace("\t3\t", "\t6\t").replace("\t2\t", "\t4\t")
+    write(Path("corpus.txt"), "red old\n\n \t\nblue new\n\ntwo dogs run\n\n")
+    assert search("blue new").out == want and want.count("\n") == 3
 
 
 def test_search_reads_queries(search):
@@ -2591,9 +2631,17 @@ def test_export_command_and_card(world, finished, tmp_path):
     assert (
         head["language"] == ["de", "en", "no"] and head["library_name"] == "sentence-transformers"
     )
+    prompts = {"prompts": {"query": "q: ", "document": "d: "}, "default_prompt_name": "query"}
+    write(tmp_path / "student" / "config_sentence_transformers.json", json.dumps(prompts))
     for i, foreign in enumerate(("[1]", '{"rows": []}', "{")):  # another program's results.json
         write(tmp_path / "results.json", foreign)
         M.export(tmp_path / "student", tmp_path / f"out{i}")
+    file = tmp_path / "out0" / "config_sentence_transformers.json"
+    assert json.loads(file.read_text()) == prompts  # all of them, for encode_query and its like
+    assert M.load(tmp_path / "out0").config.prompt == "q: "
+    edit(file, truncate_dim=8)  # as sentence-transformers saves it
+    with pytest.raises(M.InputError, match="truncate_dim is 8"):
+        M.load(tmp_path / "out0")
 
 
 # --------------------------------------------------------- what people bring: models, text,
@@ -2734,6 +2782,7 @@ def test_dense_and_prompt(folder, tmp_path):
         ("config_sentence_transformers.json", {"truncate_dim": 8}, "truncate_dim is 8"),
         ("sentence_bert_config.json", {"processing_kwargs": {"text": {}}}, "processing_kwargs"),
         ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "'q' is not among"),
+        ("tokenizer_config.json", {"truncation_side": "left"}, "truncation_side is 'left'"),
     ],
 )
 def test_settings_that_would_change_the_vectors_are_refused(folder, name, changes, message):

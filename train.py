@@ -86,7 +86,7 @@ def parser():
     raw = argparse.RawDescriptionHelpFormatter
     here = "cuda" if torch.cuda.is_available() else "cpu"
     ap = M.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    files = {"nargs": "+", "default": [], "metavar": "GLOB"}
+    files = {"nargs": "+", "action": "extend", "default": [], "metavar": "GLOB"}
     each = functools.partial(number, by_stage=True)
     add = ap.add_argument_group("your data").add_argument
     add("--teacher", metavar="DIR", help="English sentence encoder: its folder")
@@ -222,7 +222,10 @@ class Run:
         """The folder of a model, make(), which the first process saves if it is not there."""
         with self.main_process_first() as is_main:
             if is_main and not (folder.exists() or self.trained):
-                make().save(folder)
+                model = make()
+                with M.atomic(folder) as tmp:  # the same command, running twice, may be faster
+                    tmp.mkdir()
+                    model.write(tmp)
         return folder
 
     def load(self, folder, train=False):
@@ -374,10 +377,11 @@ class Training:
 
     def restore(self):
         """The step to begin at: that of this stage's checkpoint, or 0. Raises: InputError."""
-        tensors, meta = M.read_safetensors(self.file) if self.file.exists() else ({}, {})
-        step = 0
+        step, tensors, meta, fix = 0, {}, {}, f"; delete it to redo {self.name}"
+        if self.file.exists():
+            tensors, meta = M.read_safetensors(self.file, fix=fix)
         if meta.get("stage") == self.name:
-            with M.reading(self.file, "a whole checkpoint", f"; delete it to redo {self.name}"):
+            with M.reading(self.file, "a whole checkpoint", fix):
                 for k, v in self.tensors.items():
                     need(tensors[k].shape == v.shape, f"{k} is of another shape")
                     v.copy_(tensors[k])
@@ -813,19 +817,17 @@ def bootstrap(sets, a, b, n=1000, seed=0):
 # -------------------------------------------------------------------------------------- the table
 def finish(run, models):
     """Read the test sets, once, for models {row: folder}; write results.json, print, clear up."""
-    if (run.out / "results.json").exists():  # the same command, running twice, was faster
-        return
     # What came before a trained model may be gone, but not the assistant: all is compared with it.
     models = {k: f for k, f in models.items() if f.exists() or k == "assistant"}
     rows, cosines = {}, {}
     dev = run.dev.by_language() if run.dev else {}
-    teacher = run.load(models["teacher"])
-    goals = {k: teacher.encode(english, normalize=False) for k, (english, _) in dev.items()}
     for label, folder in models.items():
-        sets, pairs = run.sts, dev
-        if label == "teacher":  # it knows English alone
+        if (run.out / "results.json").exists():
+            return run.say("the same command, running twice, was faster")
+        model, sets, pairs = run.load(folder), run.sts, dev
+        if label == "teacher":  # it knows English alone, and gives the goals of all others
             sets, pairs = {k: v for k, v in sets.items() if k == "en-en"}, {}
-        model = run.load(folder)
+            goals = {k: model.encode(sides[0], normalize=False) for k, sides in dev.items()}
         rows[label], cosines[label] = evaluate(model, sets, pairs, goals)
         rows[label]["sizes"] = M.ledger(model.config)
         run.say(f"evaluated {label}")
