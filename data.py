@@ -166,10 +166,8 @@ def read_sts(folder):
             expected = "expected UTF-8, sentence<TAB>sentence<TAB>score from 0 to 5"
             need(ok, f"{path}:{number}: {text[:80]!r}: {expected}")
             rows.append((a, b, float(score)))
-        different = len({score for *_, score in rows})
-        need(
-            different > 1, f"{path}: {different} different scores; a correlation needs two or more"
-        )
+        differ = len({score for *_, score in rows}) > 1
+        need(differ, f"{path}: {len(rows)} lines of one score; a correlation needs two scores")
         need(m[1] not in sets, f"{path}: a second file for {m[1]} in {folder}; keep one")
         a, b, scores = zip(*rows)
         sets[m[1]] = list(a), list(b), np.array(scores)

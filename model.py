@@ -1193,17 +1193,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_cli(main):
-    """Call a command line's main(); an InputError becomes one line and exit code 2."""
+    """Call a command line's main(); an error that one can mend becomes one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):  # a console of one byte a character shows escapes
         stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)
-    except OSError as e:  # a full disk, where nothing is read or saved as a whole
+    except (InputError, OSError) as e:  # OSError: a full disk under the log, standard output
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

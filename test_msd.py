@@ -984,7 +984,7 @@ def test_sts_files(tmp_path):
         with pytest.raises(M.InputError, match="STS.en-de.txt:2"):
             data.read_sts(tmp_path)
     write(tmp_path / "STS.en-de.txt", "a\tb\t1\nc\td\t1.0\n")
-    with pytest.raises(M.InputError, match="STS.en-de.txt: 1 different scores"):
+    with pytest.raises(M.InputError, match="STS.en-de.txt: 2 lines of one score"):
         data.read_sts(tmp_path)
     (tmp_path / "STS.en-de.txt").rename(tmp_path / "._STS.en-de.txt")  # as macOS leaves them
     with pytest.raises(M.InputError, match="no similarity sets"):

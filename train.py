@@ -223,9 +223,8 @@ class Run:
         with self.main_process_first() as is_main:
             if is_main and not (folder.exists() or self.trained):
                 model = make()
-                with M.atomic(folder) as tmp:  # the same command, running twice, may be faster
-                    tmp.mkdir()
-                    model.write(tmp)
+                if not folder.exists():  # the same command, running twice, may be faster
+                    model.save(folder)
         return folder
 
     def load(self, folder, train=False):
