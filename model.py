@@ -1256,12 +1256,14 @@ def corpus_vectors(args, lines, model):
     Raises: InputError for a file that holds no such vectors, and for models of two widths.
     """
     source, shape = args.index or args.model, (len(lines), model.config.width)
-    key = digest(1, lines, fingerprint(source), shape)  # 1: the version of what is stored
-    file = f"{args.corpus}.{key}.npy"
+    key = digest(2, lines, fingerprint(source), shape)  # 2: the version of what is stored
+    file = f"{args.corpus}.{key}.safetensors"  # the key is inside, too: names can be changed
     if os.path.exists(file):
         with reading(file, f"float16 {shape}", "; delete it"):
-            out = np.load(file, mmap_mode="r")
+            tensors, meta = read_safetensors(file, fix="")
+            out = tensors["vectors"].numpy()
             need(out.dtype == np.float16 and out.shape == shape, f"{out.dtype} {out.shape}")
+            need(meta.get("key") == key, "those of another corpus or model")
             units = all(abs(np.linalg.norm(x, axis=1) - 1).max() < 0.01 for x in blocks(out))
             need(units, "not all rows are unit vectors")
             return out
@@ -1272,8 +1274,7 @@ def corpus_vectors(args, lines, model):
     need(out.any(1).all() and np.isfinite(out).all(), f"{source}: makes vectors that are 0 or NaN")
     try:
         if args.corpus != "-":
-            with atomic(file) as tmp, open(tmp, "wb") as f:
-                np.save(f, out)
+            write_safetensors(file, {"vectors": torch.from_numpy(out)}, {"key": key})
             note(f"{file}: the vectors of {args.corpus}, stored for the next query")
     except InputError as e:
         note(f"the vectors are not stored: {e}")
