@@ -76,6 +76,8 @@ def reading(path, expected, fix=""):
         yield
     except MemoryError:
         raise
+    except InputError as e:  # whole: it may hold a command, and in it a path with two spaces
+        raise InputError(f"{path}: not {expected}: {e}{fix}") from e
     except OSError as e:
         raise InputError(f"{path}: cannot read ({e.strerror or e}){fix}") from e
     except Exception as e:  # a damaged file can make a library raise anything
@@ -590,7 +592,7 @@ class Encoder(nn.Module):
         return any(hasattr(m, "scale") for m in self.modules())
 
     def hidden(self, ids, mask, embeddings_only=False):
-        """ids, mask (N, T) -> (N, T, H); of the embedding block alone in stage 2."""
+        """ids, mask (N, T) -> (N, T, H). embeddings_only: before the layers, as in stage 2."""
         x = self.embeddings(ids, self.dtype)
         if embeddings_only:
             return x

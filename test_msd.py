@@ -1004,8 +1004,9 @@ def test_sts_files(tmp_path):
     with pytest.raises(M.InputError, match="STS.en-de.txt: 2 lines of one score"):
         data.read_sts(tmp_path)
     (tmp_path / "STS.en-de.txt").rename(tmp_path / "._STS.en-de.txt")  # as macOS leaves them
-    with pytest.raises(M.InputError, match="no similarity sets"):
-        data.read_sts(tmp_path)
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(M.InputError, match="no similarity sets"):
+            data.read_sts(folder)
 
 
 # ------------------------------------------------------------------------------------ safetensors
@@ -1611,17 +1612,21 @@ def test_a_run_is_known_by_its_content(world, finished, tmp_path, capsys):
     write(out / "results.json", "{}")
     with pytest.raises(M.InputError, match="not a run's results.*delete it"):
         run_here(capsys, args)
-    shutil.copytree(out / "student", tmp_path / "faster")
-    place = train.Run(train.parse(args[2:]))
-    place.trained, student = False, tmp_path / "slower"
-    place.build(
-        student, lambda: (shutil.copytree(tmp_path / "faster", student), M.load(student))[1]
-    )
-    assert M.fingerprint(student) == M.fingerprint(out / "student")  # a faster process's
     with open(moved / "d" / "en-de.tsv", "a", encoding="utf-8") as f:
         f.write("a new pair\tein neues Paar\n")
     with pytest.raises(M.InputError, match="started with (dev|train) .*, now it is"):
         run_here(capsys, args)
+
+
+def test_a_model_that_a_faster_process_built(world, finished, tmp_path):
+    place, folder = train.Run(train.parse(command(world, tmp_path)[2:])), tmp_path / "student"
+
+    def slow():
+        shutil.copytree(world / "whole" / "student", folder)
+        return M.load(world / "whole" / "assistant")
+
+    assert place.build(folder, slow) == folder
+    assert M.fingerprint(folder) == M.fingerprint(world / "whole" / "student")
 
 
 def test_every_stage_resumes_to_the_bit(world, finished, tmp_path, monkeypatch):
@@ -2254,14 +2259,17 @@ def test_search_stores_the_corpus(search, tokenizer):
     tiny(tokenizer, 2).save("small")
     search("blue new")
     assert len(stored()) == 3 and Path(file).read_bytes() == before
-    shutil.copy(file, stored()[file == stored()[0]])  # by its form alone it would do
-    with pytest.raises(M.InputError, match="those of another corpus or model; delete it"):
-        for corpus in ("red old\nblue old\ntwo dogs run\n", "red old\nblue new\ntwo dogs run\n"):
-            write(Path("corpus.txt"), corpus)
-            for seed in (0, 2):
-                M.delete(Path("small"))
-                tiny(tokenizer, seed).save("small")
-                search("blue new")
+
+
+def test_search_refuses_the_vectors_of_another_corpus(search):
+    search("blue new")
+    (file,) = stored()
+    write(Path("corpus.txt"), "red old\nblue old\ntwo dogs run\n")
+    search("blue new")
+    (other,) = set(stored()) - {file}
+    shutil.copy(file, other)  # by its form alone it would do
+    with pytest.raises(M.InputError, match=f"{other}: .* another corpus or model; delete it"):
+        search("blue new")
 
 
 def changed(**change):
@@ -2913,7 +2921,7 @@ GOOD = "".join(f"sentence {i}\tSatz {i}\n" for i in range(300))
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_other_encodings_are_recognised(tmp_path, encoding, pack):
     text = GOOD + "جملة\tجملة أخرى\n"
-    file = write(tmp_path / "l'été" / "en-ar.tsv", pack(text.encode(encoding)))
+    file = write(tmp_path / "l'  été" / "en-ar.tsv", pack(text.encode(encoding)))
     name = encoding.upper()[:6]
     with pytest.raises(M.InputError, match=f"en-ar.tsv: .* is {name}. .*iconv -f {name}") as e:
         list(data.read_pairs(file, {}))

@@ -376,9 +376,9 @@ class Training:
 
     def restore(self):
         """The step to begin at: that of this stage's checkpoint, or 0. Raises: InputError."""
-        step, tensors, meta, fix = 0, {}, {}, f"; delete it to redo {self.name}"
-        if self.file.exists():
-            tensors, meta = M.read_safetensors(self.file, fix=fix)
+        fix = f"; delete it to redo {self.name}"
+        tensors, meta = M.read_safetensors(self.file, fix=fix) if self.file.exists() else ({}, {})
+        step = 0
         if meta.get("stage") == self.name:
             with M.reading(self.file, "a whole checkpoint", fix):
                 for k, v in self.tensors.items():
