@@ -438,12 +438,15 @@ class Linear(Int8Weight, nn.Linear):
     which cost more than the products at these sizes.
     """
 
+    packed = None  # the weight in oneDNN's own order, while Encoder.packed() lasts
+
     def forward(self, x, activation="identity"):
         weight = self.weight * self.scale[:, None] if hasattr(self, "scale") else self.weight
         weight = weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         fused = {"identity": "none", "gelu": "gelu"}.get(activation)
         if fused and not torch.is_grad_enabled() and has_onednn(x.device.type, x.dtype):
+            weight = weight if self.packed is None else self.packed
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, fused, [], "none")
         return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
@@ -640,29 +643,48 @@ class Encoder(nn.Module):
         ids[mask] = flat[(start[:, None] + t)[mask]]
         return put(ids, device or self.device), put(mask, device or self.device)
 
+    @contextlib.contextmanager
+    def packed(self):
+        """While it lasts, the layers' matrices are there in oneDNN's order, too.
+
+        The same products, 10 to 20 % faster, for a copy of the layers in memory; int8 stays small.
+        """
+        maps = [m for m in self.layers.modules() if isinstance(m, Linear) and not self.int8]
+        try:
+            for m in maps:
+                m.packed = torch.ops.mkldnn._reorder_linear_weight(m.weight.to(self.dtype), 512)
+            yield
+        finally:
+            for m in maps:
+                m.packed = None
+
     @torch.inference_mode()
     def embed(self, flat, starts, embeddings_only=False, progress=None, most=None):
         """Vectors (n, width) float32, in input order, of tokenised sentences; before any Normalize.
 
         Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory
-        stays bounded. The budget is measured: on a CPU the activations should stay in its cache,
-        a GPU wants to be filled. progress: called with (done, all). most: sentences at once.
+        stays bounded. The budget is measured: on a CPU the activations of a thread should stay in
+        its cache, a GPU wants to be filled. progress: called with (done, all). most: sentences at
+        once.
         """
         lengths = np.diff(starts)
         was_training = self.training
         self.eval()
-        on_cpu = 2048 if self.dtype == torch.bfloat16 else 1024
+        on_cpu = torch.get_num_threads() * (512 if self.dtype == torch.bfloat16 else 256)
         budget = 2**16 if self.device.type == "cuda" else on_cpu
         order = np.argsort(-lengths, kind="stable")
         width = self.config.hidden_size if embeddings_only else self.config.width
         out = torch.empty(len(lengths), width, device=self.device)
+        long = len(flat) > 2**15 and has_onednn(self.device.type, self.dtype)
         i = 0
-        while i < len(order):
-            rows = order[i : i + max(1, min(most or len(order), budget // int(lengths[order[i]])))]
-            out[put(rows, self.device)] = self(*self.batch(flat, starts, rows), embeddings_only)
-            i += len(rows)
-            if progress:
-                progress(i, len(order))
+        with self.packed() if long else contextlib.nullcontext():
+            while i < len(order):
+                n = max(1, min(most or len(order), budget // int(lengths[order[i]])))
+                rows = order[i : i + n]
+                out[put(rows, self.device)] = self(*self.batch(flat, starts, rows), embeddings_only)
+                i += len(rows)
+                if progress:
+                    progress(i, len(order))
         self.train(was_training)
         out = out.cpu().numpy()
         need(np.isfinite(out).all(), "the model's vectors are not finite: are its weights damaged?")

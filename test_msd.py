@@ -269,6 +269,23 @@ def test_fast_paths_equal_plain_ones(tokenizer):
     assert m.tokenize(TEXTS)[0].tolist() == slow
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_work_by_packed_matrices(tokenizer, dtype):
+    """The vectors are those of one sentence at a time; the matrices are packed while it lasts."""
+    m = tiny(tokenizer, std=0.05)
+    m.dtype = dtype
+    texts = [t[:200] for t in TEXTS] * 300
+    flat, starts = m.tokenize(texts)
+    assert len(flat) > 2**15
+    seen = []
+    up = m.layers[0].up
+    vectors = m.embed(flat, starts, progress=lambda *done: seen.append(up.packed is not None))
+    assert set(seen) == {M.has_onednn("cpu", dtype)} and up.packed is None
+    alone = m.embed(*m.tokenize(texts[: len(TEXTS)]), most=1)
+    gap = np.abs(vectors.reshape(300, len(TEXTS), -1) - alone).max()
+    assert gap < (1e-5 if dtype == torch.float32 else 3e-2), f"long work differs by {gap}"
+
+
 def test_fused_adamw_equals_the_plain_one(tokenizer):
     one, two = tiny(tokenizer), tiny(tokenizer)
     fused, plain = (train.make_optimizer(m, 1e-3) for m in (one, two))
