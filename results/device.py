@@ -18,9 +18,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data  # noqa: E402 - found through the line above
-import model as M  # noqa: E402
-import msd  # noqa: E402
-import train  # noqa: E402
+import model as M  # noqa: E402 - as above
+import msd  # noqa: E402 - as above
+import train  # noqa: E402 - as above
 
 ROUNDS = 3
 
