@@ -270,9 +270,11 @@ class Config:
         return self.dense[-1][0] if self.dense else self.hidden_size
 
 
+FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}  # in class names
+FAMILIES |= {"camembert": "Camembert"}
 TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 KNOWN = {  # what is usual first: a config.json may leave it out
-    "model_type": ("bert", "roberta", "xlm-roberta", "camembert"),
+    "model_type": tuple(FAMILIES),
     "hidden_act": tuple(ACTIVATIONS),
     "pooling": POOLINGS,
     "position_embedding_type": ("absolute",),
@@ -724,6 +726,9 @@ class Encoder(nn.Module):
         """
         c = {**vars(self.config), "position_embedding_type": "absolute"}
         c["hidden_dropout_prob"] = c["attention_probs_dropout_prob"] = c.pop("dropout")
+        if not c["bottleneck_size"] and c["recurrence"] == 1:  # text-embeddings-inference demands:
+            name = f"{FAMILIES[self.config.model_type]}Model"
+            c |= {"architectures": [name], "initializer_range": 0.02}
         text = json.dumps(c, indent=1, sort_keys=True) + "\n"
         Path(folder, "config.json").write_text(text, "utf-8")
         pad = self.tokenizer.id_to_token(self.config.pad_token_id)
@@ -1032,6 +1037,8 @@ def write_extras(model, source, folder, plain):
         kinds += ["Normalize"] * c.normalize
         pooling = {f"pooling_mode_{p}_token{'s' * (p != 'cls')}": p == c.pooling for p in POOLINGS}
         files["1_Pooling/config.json"] = {"word_embedding_dimension": c.hidden_size, **pooling}
+        length = {"max_seq_length": c.max_seq_length, "do_lower_case": False}
+        files["sentence_bert_config.json"] = length
     else:
         (folder / "model.py").write_bytes(Path(__file__).read_bytes())
     said = source / "config_sentence_transformers.json"  # it may name more prompts than ours
@@ -1162,6 +1169,9 @@ def model_card(model, source, name, weights, onnx, plain):
         if scores:
             shown = ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
             made = f"Spearman x 100: {shown}; mean {sum(scores.values()) / len(scores):.1f}.\n\n"
+        if row["accuracy"]:
+            there, back = np.mean([*row["accuracy"].values()], axis=0)
+            made += f"Translations found: {there:.1f} % from English, {back:.1f} % into it.\n\n"
         given = results["arguments"]
         teacher = given["teacher"] or ["built in"]  # [name, fingerprint]
         assistant = given["assistant"] or ["made of the teacher"]
@@ -1172,16 +1182,26 @@ def model_card(model, source, name, weights, onnx, plain):
     uses = f"""from sentence_transformers import SentenceTransformer
 SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])
 """
+    bare = f"""
+# transformers; {c.pooling} pooling of (N, T, {c.hidden_size}) gives the vectors
+ids = AutoTokenizer.from_pretrained("{name}")(["{c.prompt}Hi"], return_tensors="pt")
+AutoModel.from_pretrained("{name}")(**ids).last_hidden_state
+
+text-embeddings-router --model-id {name} --pooling {c.pooling}
+"""
     here = f'model.load("{name}").encode(["A sentence."])  # with the model.py here\n'
     others = f"""
-// transformers.js; "q8" is 8 bits, "fp32" exact
+// transformers.js; "fp32" is exact, "q8" 8 bits, at a cosine of about 0.99 to it
 const extract = await pipeline("feature-extraction", "{name}", {{ dtype: "q8" }});
 await extract(["{c.prompt}Hi"], {{ pooling: "{c.pooling}", normalize: true }});
 
-# fastembed; ONNX Runtime itself: input_ids, attention_mask -> last_hidden_state
+# fastembed; of a folder here: TextEmbedding("{name}", specific_model_path="{name}")
 TextEmbedding.add_custom_model("{name}", pooling=PoolingType.{c.pooling.upper()}, dim={c.width},
     normalization=True, sources=ModelSource(hf="{name}"), model_file="onnx/model.onnx")
 list(TextEmbedding("{name}").embed(["{c.prompt}Hi"]))
+
+# ONNX Runtime; ids and mask: int64 (N, T); {c.pooling} pooling of (N, T, {c.hidden_size})
+InferenceSession("onnx/model.onnx").run(None, {{"input_ids": ids, "attention_mask": mask}})[0]
 """
     return f"""---
 language: {json.dumps(languages)}
@@ -1197,7 +1217,7 @@ Sentences to vectors, compared by cosine. Its weights are stored in {weights}.
 {made}Made by multi-stage distillation ([arXiv 2209.05869](https://arxiv.org/abs/2209.05869)).
 The licences of teacher, assistant and training data apply to this model; the code is MIT.
 
-{textwrap.indent(uses + here * (not plain) + others * onnx, "    ")}
+{textwrap.indent(uses + (bare if plain else here) + others * onnx, "    ")}
 Its shape, and its size by part and precision:
 
 {textwrap.indent(describe(model), "    ")}

@@ -1578,6 +1578,11 @@ def test_plain_export(students, exported, tmp_path, name, options, near):
     body = transformers.AutoModel.from_pretrained(out, dtype=torch.float32).eval()
     c, split = M.load(out).config, transformers.AutoTokenizer.from_pretrained(out)
     assert body.config.num_hidden_layers == 4 and body.config.model_type == c.model_type
+    demanded = json.loads((out / "config.json").read_text())  # by text-embeddings-inference
+    assert demanded["architectures"] == [type(body).__name__] and demanded["initializer_range"]
+    lines = (out / "README.md").read_text("utf-8").split("    # transformers; ")[1].splitlines()
+    code = "\n".join(line.strip() for line in lines[1:3]).replace(out.name, str(out))
+    exec("from transformers import AutoModel, AutoTokenizer\n" + code, {})
     texts = [c.prompt + t for t in SAID]
     feed = dict(split(texts, padding=True, truncation=True, return_tensors="pt"))
     x, mask = body(**feed).last_hidden_state.detach(), feed["attention_mask"] > 0
@@ -1622,13 +1627,21 @@ def test_export_command_and_card(world, finished, tmp_path):
     done = run([*args, "--weights", "float16"])
     assert re.fullmatch(r".*my-{model}: [\d,]+ parameters; weights [\d.]+ MB\n", done.stdout), done
     text = (out / "README.md").read_text("utf-8")
-    for part in ("my-{model}", "en-no 70.0; mean", "data: en-de.tsv; seed 0", "float16", "licence"):
+    origin = "Teacher: teacher; assistant: made of the teacher; data: en-de.tsv; seed 0; code: "
+    found = r"Translations found: [\d.]+ % from English, [\d.]+ % into it"
+    assert origin in text and re.search(found, text), text
+    sizes = ("embedding", "layers", "other", "total", "MB float32", "MB float16", "MB int8")
+    for part in ("my-{model}", "en-no 70.0; mean", "in float16", "licence", "MIT", *sizes):
         assert part in text, part
     assert not any(part in text for part in ("nan", "None", str(tmp_path), str(world)))
     head = package("yaml").safe_load(text.split("---")[1])  # where a bare no would be false
-    assert (
-        head["language"] == ["de", "en", "no"] and head["library_name"] == "sentence-transformers"
-    )
+    assert head["language"] == ["de", "en", "no"] and head["license"] == "other"
+    assert head["library_name"] == "sentence-transformers" in head["tags"]
+    assert head["pipeline_tag"] == "sentence-similarity"
+    said = M.export(tmp_path / "student", tmp_path / "plain", plain=True)
+    small, large = (M.ledger(M.load(f).config)["total"] for f in (out, tmp_path / "plain"))
+    assert f"{large:,} parameters, {large / small:.1f} x those of student; weights" in said
+    assert large > 1.5 * small
     prompts = {"prompts": {"query": "q: ", "document": "d: "}, "default_prompt_name": "query"}
     write(tmp_path / "student" / "config_sentence_transformers.json", json.dumps(prompts))
     for i, foreign in enumerate(("[1]", '{"rows": []}', "{")):  # another program's results.json
