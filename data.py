@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -262,7 +263,9 @@ def _write_corpus(tmp, files, max_chars, max_lines):
     and encoded once; 64-bit hashes stand for the text."""
     hashes, sizes, lines, groups = array("Q"), array("I"), array("I"), array("B")
     text, reports = bytearray(), []
-    for _, _, group, path in files:
+    sizes_of_files = np.cumsum([os.path.getsize(f[3]) for f in files])
+    progress = meter("bytes")
+    for done, (_, _, group, path) in zip(sizes_of_files, files):
         reports.append({})
         for number, *sides in read_pairs(path, reports[-1], max_chars, max_lines):
             for side in map(str.encode, sides):
@@ -272,6 +275,7 @@ def _write_corpus(tmp, files, max_chars, max_lines):
                 text += side
             lines.append(number)
             groups.append(group)
+        progress(done, sizes_of_files[-1])
     names = ", ".join(f[3] for f in files) or "no files"
     expected = f"english<TAB>translation lines, {max_chars} characters a side at most"
     need(lines, f"{names}: no usable sentence pairs; expected {expected}")
@@ -366,7 +370,8 @@ def train_tokenizer(texts, size, lower_case):
     tokenizer.normalizer = normalizers.Sequence(steps if lower_case else steps[:1])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = tokenizers.decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False)
+    bars = sys.stderr.isatty()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=bars)
     tokenizer.train_from_iterator(texts, trainer)
     ends = [("<s>", 0), ("</s>", 2)]
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)

@@ -1,15 +1,19 @@
-"""How much of a device is used: encoding in float32 and bfloat16, and a training step.
+"""How much of a device is used: encoding, targets and training, in one run.
 
-python results/device.py MODEL_DIR PAIRS.tsv.gz [PAIRS A STEP, default 512]
+    python results/device.py MODEL PAIRS.tsv.gz [--batch 512 1024] [--seconds 60]
 
-PAIRS: english<TAB>translation lines. The share is 6 x the parameters that a token uses x tokens a
-second, over the rate of a large bfloat16 product measured in the same run.
+PAIRS: english<TAB>translation lines. Encoding is in float32 and bfloat16, beside
+sentence-transformers where that is installed. Training is stage 1's step, with and without cuDNN's
+attention, which plans for every new shape; its share is 6 x the parameters that a token uses x
+tokens a second, over the rate of a large bfloat16 product. At the end the profile of a step.
 """
 
-import gzip
+import argparse
+import contextlib
 import itertools
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,17 +27,18 @@ import msd  # noqa: E402 - as above
 import train  # noqa: E402 - as above
 
 ROUNDS = 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def clock():
     """Seconds, once the device has done what it was given."""
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def matrix_rate(device, n):
-    a = torch.randn(n, n, device=device).bfloat16()
+def matrix_rate(n):
+    a = torch.randn(n, n, device=DEVICE).bfloat16()
     times = []
     for _ in range(10):
         begun = clock()
@@ -42,61 +47,136 @@ def matrix_rate(device, n):
     return 2 * n**3 / min(times)
 
 
+def encoders(folder):
+    """{name: encode}: ours in both precisions, sentence-transformers in several batches."""
+    ours = {f"here, {dtype}": M.load(folder, dtype).encode for dtype in ("float32", "bfloat16")}
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        print("sentence-transformers is not installed: no row of it")
+        return ours
+    theirs = SentenceTransformer(folder, device=DEVICE, trust_remote_code=True)
+    for size in (64, 256, 1024):
+
+        def encode(texts, size=size):
+            return theirs.encode(texts, batch_size=size, show_progress_bar=False)
+
+        ours[f"sentence-transformers, {size} at once"] = encode
+    return ours
+
+
 def encoding(folder, texts):
-    """{dtype: sentences a second}, in turn, medians."""
-    models = {dtype: M.load(folder, dtype) for dtype in ("float32", "bfloat16")}
-    rates = {dtype: [] for dtype in models}
+    """Print sentences a second, in turn, medians; return bfloat16's."""
+    variants = encoders(folder)
+    rates = {name: [] for name in variants}
     for i in range(ROUNDS + 1):
-        for dtype, model in models.items():
+        for name, encode in variants.items():
             begun = clock()
-            model.encode(texts)
+            encode(texts)
             if i:  # the first round warms up
-                rates[dtype].append(len(texts) / (clock() - begun))
-    return {dtype: round(statistics.median(r)) for dtype, r in rates.items()}
+                rates[name].append(len(texts) / (clock() - begun))
+    for name, some in rates.items():
+        print(f"encoding, {name}: {statistics.median(some):,.0f} sentences/s")
+    return statistics.median(rates["here, bfloat16"])
 
 
-def training(folder, pairs, size, seconds=20):
-    """(tokens a second, parameters a token uses, different batch shapes) of stage 1's step."""
-    model = M.load(folder, "bfloat16", train=True)
-    tokens = [model.tokenize(side) for side in zip(*pairs)]
-    lengths = [np.diff(starts) for _, starts in tokens]
-    longer, sizes = np.maximum(*lengths), np.add(*lengths)
-    optimizer = train.make_optimizer(model, 1e-5)
-    target = torch.randn(size, model.config.width, device=model.device)
-    shapes, counted, begun = set(), 0, None
-    for i, rows in enumerate(itertools.cycle(data.batch_order(longer, size, 0))):
-        if len(rows) < size:
-            continue
-        sides = [model.batch(*side, rows) for side in tokens]
-        sum(msd.stage_loss(1, model, *sides, target).values()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), msd.CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        shapes |= {ids.shape for ids, _ in sides}
-        counted += int(sizes[rows].sum())
-        if i == 5:
-            begun, counted = clock(), 0
-        if begun and clock() - begun > seconds:
-            break
-    c = model.config
-    used = c.recurrence * sum(p.numel() for p in model.layers.parameters())
-    used += c.bottleneck_size * c.hidden_size
-    return counted / (clock() - begun), used, len(shapes)
+def targets(folder, corpus, rate):
+    """Print how fast targets are made: text from the store, vectors to the disk in float16."""
+    model, ids = M.load(folder, "bfloat16"), np.arange(len(corpus.first))
+    with tempfile.TemporaryDirectory() as cache:
+        begun = clock()
+        data.vectors(corpus, ids, model, "", cache)
+        speed = len(ids) / (clock() - begun)
+    print(f"targets: {speed:,.0f} sentences/s, {speed / rate:.0%} of encoding")
 
 
-def main(folder, file, size="512"):
-    with gzip.open(file, "rt", encoding="utf-8") as f:
-        pairs = [line.rstrip("\n").split("\t") for line in itertools.islice(f, 40000)]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rate = matrix_rate(device, 8192 if device == "cuda" else 1024)
-    print(f"{device}: {rate / 1e12:.1f} TFLOP/s in bfloat16")
-    print("sentences a second:", encoding(folder, [s for s, _ in pairs[:20000]]))
-    speed, used, shapes = training(folder, pairs, int(size))
-    share = 6 * used * speed / rate
-    print(f"training: {speed:,.0f} tokens/s, {share:.1%} of the rate, {shapes} batch shapes")
+class Step:
+    """Stage 1's training step on whole batches of pairs, again and again."""
+
+    def __init__(self, folder, corpus, size):
+        self.model = M.load(folder, "bfloat16", train=True)
+        sides = [corpus.texts(side) for side in corpus.pairs.T]
+        self.tokens = [self.model.tokenize(side) for side in sides]
+        lengths = [np.diff(starts) for _, starts in self.tokens]
+        order = data.batch_order(np.maximum(*lengths), size, 0)
+        self.batches = itertools.cycle([rows for rows in order if len(rows) == size])
+        self.lengths, self.shapes = np.add(*lengths), set()
+        self.optimizer = train.make_optimizer(self.model, 1e-5)
+        self.target = torch.randn(size, self.model.config.width, device=self.model.device)
+
+    def __call__(self):
+        """One step; the number of its tokens."""
+        rows = next(self.batches)
+        sides = [self.model.batch(*side, rows) for side in self.tokens]
+        self.shapes |= {ids.shape for ids, _ in sides}
+        self.optimizer.zero_grad()
+        sum(msd.stage_loss(1, self.model, *sides, self.target).values()).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), msd.CLIP)
+        self.optimizer.step()
+        return int(self.lengths[rows].sum())
+
+    def used(self):
+        """Parameters that a token uses."""
+        c = self.model.config
+        layers = sum(p.numel() for p in self.model.layers.parameters())
+        return c.recurrence * layers + c.bottleneck_size * c.hidden_size
+
+
+def training(step, seconds):
+    """Tokens a second, after five steps of warming up."""
+    for _ in range(5):
+        step()
+    begun, tokens = clock(), 0
+    while clock() - begun < seconds:
+        tokens += sum(step() for _ in range(5))  # the clock waits: not at every step
+    return tokens / (clock() - begun)
+
+
+def profile(step):
+    """Print what a step spends its time on, by operation."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if DEVICE == "cuda" else []
+    with torch.profiler.profile(activities=kinds) as seen:
+        for _ in range(5):
+            step()
+        clock()
+    by = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+    print(seen.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50))
+
+
+def main():
+    text = argparse.RawDescriptionHelpFormatter
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=text)
+    ap.add_argument("model")
+    ap.add_argument("pairs")
+    ap.add_argument("--batch", type=int, nargs="+", default=[512, 1024], help="pairs a step")
+    ap.add_argument("--seconds", type=float, default=60, help="of training, by each batch size")
+    ap.add_argument("--lines", type=int, default=40000)
+    args = ap.parse_args()
+    train.keep_memory()
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    rate = matrix_rate(8192 if DEVICE == "cuda" else 1024)
+    print(f"{name}, torch {torch.__version__}: {rate / 1e12:.1f} TFLOP/s in bfloat16")
+    with tempfile.TemporaryDirectory() as cache:
+        corpus = data.build_corpus([Path(args.pairs)], cache, max_lines=args.lines)
+        speed = encoding(args.model, corpus.texts(slice(20000)))
+        targets(args.model, corpus, speed)
+        for size in args.batch:
+            step = Step(args.model, corpus, size)
+            parts = {"without cuDNN": args.seconds}
+            if DEVICE == "cuda":  # a plan for every shape: the first minute is mostly those
+                parts = {"with cuDNN": min(args.seconds, 20), **parts}
+            for how, seconds in parts.items():
+                with contextlib.suppress(AttributeError):
+                    torch.backends.cuda.enable_cudnn_sdp(how == "with cuDNN")
+                speed = training(step, seconds)
+                share = 6 * step.used() * speed / rate
+                shapes = f"{len(step.shapes)} shapes so far"
+                print(
+                    f"training, {size} pairs, {how}: {speed:,.0f} tokens/s, {share:.1%}, {shapes}"
+                )
+        profile(step)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4):
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main()
