@@ -2377,7 +2377,12 @@ def test_a_run_is_known_by_its_content(world, finished, tmp_path, capsys):
         run_here(capsys, args)
     with open(moved / "d" / "en-de.tsv", "a", encoding="utf-8") as f:
         f.write("a new pair\tein neues Paar\n")
-    with pytest.raises(M.InputError, match="started with (dev|train) .*, now it is"):
+    with pytest.raises(
+        M.InputError, match="started with (dev|train) .*, now .* Give the old value"
+    ):
+        run_here(capsys, args)
+    edit(out / "run.json", check_update=True)  # a flag of an older revision
+    with pytest.raises(M.InputError, match="check_update True, now it is None. Take the revision"):
         run_here(capsys, args)
 
 

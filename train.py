@@ -259,7 +259,9 @@ def run_identity(run):
     for key in sorted(now | before):
         was, new = before.get(key), now.get(key)
         began = f"{run.out}: this run was started with {key} {was!r}, now it is {new!r}"
-        need(was == new, f"{began}. Give the old value to continue, or choose another --out")
+        known = key in now and key in before
+        fix = "Give the old value" if known else "Take the revision of this code that began it"
+        need(was == new, f"{began}. {fix} to continue, or choose another --out")
     return now
 
 
