@@ -189,7 +189,8 @@ class Corpus:
 
     pairs (n, 2): numbers of distinct sentences, english and translation. group (n,): 0 for files of
     all stages, 1 for those of stages 2 and 3 alone. line (n,): a pair's line in its file.
-    first: where each distinct sentence stands in the text. report: a dict a file.
+    text: all sides, in UTF-8; starts: where each begins. first: of each distinct sentence, its row
+    of starts. report: a dict a file.
     """
 
     def __init__(self, folder):
@@ -321,7 +322,7 @@ def vectors(corpus, ids, encoder, fingerprint, cache, embeddings_only=False, chu
     """
     c = encoder.config
     shape = len(ids), c.hidden_size if embeddings_only else c.width
-    how = "mean" if embeddings_only else True  # True: as caches have it
+    how = "mean" if embeddings_only else True  # not "own": older caches have True
     key = (fingerprint, str(encoder.dtype), c.max_seq_length, c.prompt, how)
     path = Path(cache) / f"vectors-{digest(2, corpus.key, ids.tobytes(), *key)}.npy"
     if not path.exists():

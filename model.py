@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The encoder, its weights in and out, and what one does with a finished model.
 
-This is the one file to copy where a model is used. It reads bottom-up:
+This is the one file to copy where a model is used. Its parts, each built
+on those before it:
     files | safetensors | configuration | layers | the encoder | loading | export | use
 
     python model.py similarity MODEL "A man reads." "Ein Mann liest."
@@ -221,7 +222,7 @@ def write_safetensors(path, tensors, meta=None):
 
 # ---------------------------------------------------------------------------------- configuration
 TEACHERS = "all-MiniLM-L6-v2, all-distilroberta-v1, paraphrase-MiniLM-L12-v2"  # that work
-# A new one goes here, into pool() and, where other programs know it, write_extras(), write_onnx().
+# A new one goes here and into pool(); look then at its name in write_extras() and write_onnx().
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len")
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -448,7 +449,8 @@ class Linear(Int8Weight, nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         fused = {"identity": "none", "gelu": "gelu"}.get(activation)
         if fused and not torch.is_grad_enabled() and has_onednn(x.device.type, x.dtype):
-            weight = weight if self.packed is None else self.packed
+            packed = self.packed  # once: another thread's call may end meanwhile
+            weight = weight if packed is None else packed
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, fused, [], "none")
         return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
@@ -561,7 +563,7 @@ class Dense(nn.Module):
 
 
 def pool(x, mask, how):
-    """(N, T, H) -> (N, H) float32 over the real tokens, start and end included: the one pooling."""
+    """(N, T, H) -> (N, H) float32 over real tokens, start and end included: all pooling is here."""
     x, m = x.float(), mask.unsqueeze(-1).float()  # m (N, T, 1)
     if how == "cls":
         return x[:, 0]
@@ -650,6 +652,7 @@ class Encoder(nn.Module):
         """While it lasts, the layers' matrices are there in oneDNN's order, too.
 
         The same products, 10 to 20 % faster, for a copy of the layers in memory; int8 stays small.
+        The weights must not change meanwhile.
         """
         maps = [m for m in self.layers.modules() if isinstance(m, Linear) and not self.int8]
         try:
@@ -665,9 +668,9 @@ class Encoder(nn.Module):
         """Vectors (n, width) float32, in input order, of tokenised sentences; before any Normalize.
 
         Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory
-        stays bounded. The budget is measured: on a CPU the activations of a thread should stay in
-        its cache, a GPU wants to be filled. progress: called with (done, all). most: sentences at
-        once.
+        stays bounded. The budget was chosen by measurement: on a CPU a thread's activations should
+        stay in its cache, a GPU wants to be filled. Long work on a CPU packs the layers. progress:
+        called with (done, all). most: sentences at once.
         """
         lengths = np.diff(starts)
         was_training = self.training
@@ -677,9 +680,9 @@ class Encoder(nn.Module):
         order = np.argsort(-lengths, kind="stable")
         width = self.config.hidden_size if embeddings_only else self.config.width
         out = torch.empty(len(lengths), width, device=self.device)
-        long = len(flat) > 2**15 and has_onednn(self.device.type, self.dtype)
+        pays = len(flat) > 2**15 and has_onednn(self.device.type, self.dtype)  # some ms a call
         i = 0
-        with self.packed() if long else contextlib.nullcontext():
+        with self.packed() if pays else contextlib.nullcontext():
             while i < len(order):
                 n = max(1, min(most or len(order), budget // int(lengths[order[i]])))
                 rows = order[i : i + n]

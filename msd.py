@@ -36,8 +36,8 @@ def contrastive(S_s, S_t, T_s):
     mean_ij (cos(S(s_i), S(t_j)) - cos(T(s_i), T(s_j)))^2. The teacher's own similarities in the
     batch are the target, diagonal included: no temperature, no hard negatives.
     """
-    # A temperature would only weigh this term against the others; it needs another distance, such
-    # as the KL divergence between the softmax of rows.
+    # A temperature would only weigh this term against the others; to matter it needs another
+    # distance, such as the KL divergence between the softmax of rows.
     return mse(cos_matrix(S_s, S_t), cos_matrix(T_s, T_s))  # both (N, N)
 
 
@@ -54,7 +54,9 @@ class Stage:
     extra: bool = False  # train on the files of --extra, too
 
 
-STAGES = {  # stage 1 trains the assistant, the others the student
+# Stage 1 trains the assistant, the others the student. A fifth needs a fifth value in the tuples of
+# Preset, too.
+STAGES = {
     1: Stage("teaching assistant", "teacher", per_side=False),
     2: Stage("align the bottleneck", "assistant", per_side=True, embeddings_only=True, extra=True),
     3: Stage("distil", "assistant", per_side=True, extra=True),
@@ -151,8 +153,8 @@ def init_weights(model, generator, std=0.02):
 def make_student(assistant, B, layers, R, init="text", seed=0, counts=None):
     """The student before stage 2: a new embedding block and K of the assistant's layers, R times.
 
-    layers: their numbers, from 1; in the paper 1 to K. Of a deep assistant's few, the last should
-    be one: without it a student begins far away. Measured: results/README.md.
+    layers: their numbers, from 1; in the paper 1 to K. Where few are taken of a deep assistant, its
+    last should be one of them: without it a student begins far off. Measured: results/README.md.
     Without a bottleneck (B = 0) it keeps the assistant's table, and stage 3 is its first.
     init: "text" starts the bottleneck from the truncated SVD of the assistant's word table, its
     rows weighted by how often a piece occurs, counts (V,), to the power 3/4, or alike without
@@ -185,9 +187,9 @@ def make_student(assistant, B, layers, R, init="text", seed=0, counts=None):
 
 
 def principal_directions(E, B, counts=None):
-    """(H, B): the B right singular vectors of a word table E (V, H) with the largest values.
+    """(H, B): the top B right singular vectors of a word table E (V, H), rows weighted by counts.
 
-    By counts (V,) ** 3/4 frequent pieces are kept best, but full stops do not crowd out what
+    The weight counts (V,) ** 3/4 keeps frequent pieces best, but full stops do not crowd out what
     carries meaning. Measured: results/README.md.
     """
     # Eigenvectors of E'WE, (H, H), summed in float64: a product in float32 moves with the memory's

@@ -40,7 +40,7 @@ from demo import corpus as demo
 from model import need, put
 
 SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
-EVALS = 4  # dev eval_steps a stage; the best one's weights are kept
+EVALS = 4  # dev evaluations a stage; the best one's weights are kept
 
 # -------------------------------------------------------------------------------------- arguments
 # What a continuation may change; a device changes the bits and, without --dtype, the dtype.
@@ -74,7 +74,7 @@ def stage_list(text):
 
 
 def layer_list(text):
-    """A type for argparse: 3 -> (1, 2, 3), the first three layers; 1,6,12 -> those; 12, -> it."""
+    """A type for argparse: 3 -> (1, 2, 3), the first three; 1,6,12 -> those; 12, -> (12,)."""
     numbers = tuple(map(int, text.removesuffix(",").split(",")))
     if not all(0 < k < 10_000 for k in numbers):
         raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more, or numbers, as 1,6,12")
@@ -94,12 +94,12 @@ def parser():
     add("--train", **files, help="english<TAB>translation files, plain or .gz")
     add("--extra", **files, help="more such files for stages 2 and 3 alone, as the paper does")
     add("--dev", **files, help="held-out pairs, en-XX.tsv: pick the checkpoints, give the accuracy")
-    add("--sts", metavar="DIR", help="sets *.A-B.txt, read once, at the end; or dev sets, to try")
+    add("--sts", metavar="DIR", help="sets *.A-B.txt, scored once, at the end; or dev sets, to try")
     add = ap.add_argument_group("sizes").add_argument
     add("--preset", choices=msd.PRESETS, help="demo without your own data, minilm with it")
     add("--bottleneck", type=number(int, 0), help="B, width of the word table; 0: full, no stage 2")
-    add("--layers", type=layer_list, help="K, unique layers, the first; or which: 1,6,12; 12,")
-    add("--recurrence", type=number(int, 1, 1000), help="R, times they run; speed follows K x R")
+    add("--layers", type=layer_list, help="the first K layers, as 3; or which, as 1,6,12; one: 12,")
+    add("--recurrence", type=number(int, 1, 1000), help="R, times they run; time grows with K x R")
     add("--vocab", type=number(int, 100), help="pieces learnt here; more help up to a point")
     add("--keep-vocab", type=number(int, 1), help="pieces of --assistant to keep, most used first")
     add = ap.add_argument_group("schedule; of numbers one, or four for stages 1 to 4").add_argument
@@ -118,7 +118,7 @@ def parser():
     add("--out", type=Path, metavar="DIR", help="its folder; default: runs/PRESET")
     add("--cache", default="runs/cache", metavar="DIR", help="for all runs; safe to delete")
     add("--keep", action="store_true", help="keep the models between stages, in OUT/stages")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="report several: a point apart")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="seeds lie a point apart")
     add("--dtype", choices=("float32", "bfloat16"), help="arithmetic; default: the best here")
     add("--device", default=here, help="cpu or cuda; default: what is here")
     return ap
@@ -342,9 +342,9 @@ def make_optimizer(model, lr):
 class Training:
     """What a stage's training keeps beside the loop: its checkpoint, its log, the best weights.
 
-    A checkpoint holds weights, AdamW's state, the best weights so far with their dev loss, step and
-    seconds spent; no generator state, as every random draw depends on seed, stage and step. What a
-    stage does not train is not in it.
+    A checkpoint holds weights, AdamW's state, the best weights so far (the start's, before a dev
+    loss) with their dev loss, stage, step and seconds spent; no generator state, as every random
+    draw depends on seed, stage, step and process. What a stage does not train is not in it.
     """
 
     def __init__(self, run, name, model, optimizer, steps):
@@ -817,7 +817,7 @@ def bootstrap(sets, a, b, n=1000, seed=0):
 
 # -------------------------------------------------------------------------------------- the table
 def finish(run, models):
-    """Read the test sets, once, for models {row: folder}; write results.json, print, clear up."""
+    """Score models {row: folder} on the test sets, once; write results.json, print, clear up."""
     # What came before a trained model may be gone, but not the assistant: all is compared with it.
     models = {k: f for k, f in models.items() if f.exists() or k == "assistant"}
     rows, cosines = {}, {}

@@ -17,7 +17,7 @@ OURS = """
 import json, resource, sys, time
 sys.path.insert(0, {root!r})
 import model, numpy, torch
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 texts = [" ".join(f"word{{i % (k + 7)}}" for k in range(9)) for i in range(1000)]
 base, begun = peak(), time.perf_counter()
 m = model.load({folder!r}, {dtype!r}, "cpu")
@@ -25,7 +25,7 @@ m = model.load({folder!r}, {dtype!r}, "cpu")
 THEIRS = """
 import json, resource, sys, time
 import numpy, sentence_transformers, torch
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 texts = [" ".join(f"word{{i % (k + 7)}}" for k in range(9)) for i in range(1000)]
 base, begun = peak(), time.perf_counter()
 m = sentence_transformers.SentenceTransformer({folder!r}, device="cpu")
