@@ -917,7 +917,7 @@ def read_tokenizer(folder):
     names = [read_json(f).get("pad_token") for f in beside if f.exists()]
     names = [n.get("content") if isinstance(n, dict) else n for n in names] + ["<pad>", "[PAD]"]
     with reading(file, "a usable tokenizer"):
-        tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
+        tokenizer = Tokenizer.from_file(str(file))
         ids = [tokenizer.token_to_id(n) for n in names if isinstance(n, str)]
         pad_id = next((i for i in ids if i is not None), None)
         need(pad_id is not None, f"no pad token (looked for {names}); batches need one")
