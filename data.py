@@ -322,9 +322,8 @@ def vectors(corpus, ids, encoder, fingerprint, cache, embeddings_only=False, chu
     """
     c = encoder.config
     shape = len(ids), c.hidden_size if embeddings_only else c.width
-    how = "mean" if embeddings_only else True  # not "own": older caches have True
-    key = (fingerprint, str(encoder.dtype), c.max_seq_length, c.prompt, how)
-    path = Path(cache) / f"vectors-{digest(2, corpus.key, ids.tobytes(), *key)}.npy"
+    key = (fingerprint, str(encoder.dtype), c.max_seq_length, c.prompt, embeddings_only)
+    path = Path(cache) / f"vectors-{digest(3, corpus.key, ids.tobytes(), *key)}.npy"
     if not path.exists():
         with atomic(path) as tmp, open(tmp, "wb") as f:
             header = {"descr": "<f2", "fortran_order": False, "shape": shape}
