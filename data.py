@@ -41,10 +41,8 @@ FORMATS = {  # what a file may be instead of text, by its first bytes, and what 
     b"BZh": ("bzip2", "bzcat"),
     b"\xfd7zXZ": ("xz", "xzcat"),
     b"\x28\xb5\x2f\xfd": ("zstd", "zstdcat"),
-    b"\xff\xfe\0\0": ("UTF-32", "iconv -f UTF-32 -t UTF-8"),
-    b"\0\0\xfe\xff": ("UTF-32", "iconv -f UTF-32 -t UTF-8"),
-    b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
-    b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
+    (b"\xff\xfe\0\0", b"\0\0\xfe\xff"): ("UTF-32", "iconv -f UTF-32 -t UTF-8"),
+    (b"\xff\xfe", b"\xfe\xff"): ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
 }
 NOT_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
 NOT_UTF8 = re.compile("[\ud800-\udfff]")
@@ -104,8 +102,7 @@ def read_pairs(path, report, max_chars=250, max_lines=None):
     bad by reason; of those kept, how many are untranslated or quoted; examples.
     Raises: InputError at the end if more than 1 % of the lines are bad.
     """
-    report |= {"file": Path(path).name, "bad": Counter(), "examples": {}}
-    report |= dict.fromkeys(COUNTS, 0)
+    report |= {"file": Path(path).name, "bad": Counter(), "examples": {}} | dict.fromkeys(COUNTS, 0)
 
     def count(what, number, text):
         report[what] += 1
@@ -238,8 +235,7 @@ class Corpus:
                 warning = "warning: " * (n[kind] > 0.03 * n["kept"])
                 example = examples.pop(kind)
                 yield f"  {warning}{n[kind] / n['kept']:.1%}: both sides {what}, such as {example}"
-        for example in list(examples.values())[:3]:
-            yield f"  dropped {example}"
+        yield from (f"  dropped {example}" for example in list(examples.values())[:3])
 
 
 # The first value of a key is the version of what is stored; it moves when that changes.
@@ -281,16 +277,12 @@ def _write_corpus(tmp, files, max_chars, max_lines):
     expected = f"english<TAB>translation lines, {max_chars} characters a side at most"
     need(lines, f"{names}: no usable sentence pairs; expected {expected}")
     _, first, ids = np.unique(np.array(hashes), return_index=True, return_inverse=True)
-    arrays = {
-        "text": np.frombuffer(text, np.uint8),
-        "starts": np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
-        "pairs": ids.astype(np.uint32).reshape(-1, 2),
-        "group": np.array(groups),
-        "line": np.array(lines),
-        "first": first,
-    }
-    for name, values in arrays.items():
-        np.save(tmp / f"{name}.npy", values)
+    np.save(tmp / "text.npy", np.frombuffer(text, np.uint8))
+    np.save(tmp / "starts.npy", np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))
+    np.save(tmp / "pairs.npy", ids.astype(np.uint32).reshape(-1, 2))
+    np.save(tmp / "group.npy", np.array(groups))
+    np.save(tmp / "line.npy", np.array(lines))
+    np.save(tmp / "first.npy", first)
     (tmp / "report.json").write_text(json.dumps({"files": reports}), "utf-8")
 
 
@@ -388,9 +380,10 @@ def always_kept(tokenizer, size):
     model, kind = raw["model"], raw["model"]["type"]
     known = kind in ("Unigram", "BPE", "WordPiece")
     need(known, f"--keep-vocab: a {kind} tokenizer; only Unigram, BPE and WordPiece can be cut")
-    kept = {_unknown(model), *(t["content"] for t in raw["added_tokens"])}
+    kept = {model.get("unk_token"), *(t["content"] for t in raw["added_tokens"])}
     alone = re.compile(r"(##)?.|<0x[0-9A-F]{2}>", re.DOTALL)  # characters, bytes that stand in
-    kept = {p for p in ids if p in kept or alone.fullmatch(p)}
+    unknown = model.get("unk_id")  # as Unigram names it
+    kept = {p for p, i in ids.items() if p in kept or i == unknown or alone.fullmatch(p)}
     limits = f"{len(kept):,} (special tokens, single characters) to {len(ids):,} (all pieces)"
     need(len(kept) <= size <= len(ids), f"--keep-vocab {size:,}: expected {limits}")
     return kept
@@ -420,7 +413,7 @@ def cut_vocabulary(tokenizer, counts, size):
     order = sorted(kept, key=ids.get)
     new = {p: i for i, p in enumerate(order)}
     if model["type"] == "Unigram":
-        model["unk_id"] = new.get(_unknown(model))
+        model["unk_id"] = next((new[p] for p in order if ids[p] == model["unk_id"]), None)
         model["vocab"] = [entry for entry in model["vocab"] if entry[0] in kept]
     else:
         model["vocab"] = {p: new[p] for p in model["vocab"] if p in kept}
@@ -428,13 +421,6 @@ def cut_vocabulary(tokenizer, counts, size):
         model["merges"] = [[a, b] for a, b in merges if {a, b, a + b} <= kept]
     _renumber([raw["added_tokens"], raw["post_processor"]], new)
     return Tokenizer.from_str(json.dumps(raw)), np.array([ids[p] for p in order])
-
-
-def _unknown(model):
-    """The piece that stands for what no piece of a tokenizer.json's model spells, or None."""
-    if model["type"] != "Unigram":
-        return model.get("unk_token")
-    return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
 
 
 def _renumber(value, new):

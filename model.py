@@ -64,10 +64,8 @@ def note(text):
 def delete(path):
     """Delete a file or a folder, if it is there."""
     with contextlib.suppress(FileNotFoundError):  # another process may do the same
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove = shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink
+        remove(path)
 
 
 @contextlib.contextmanager
@@ -169,9 +167,8 @@ def read_safetensors(path, to=None, copy=False, but=(), fix=". Fetch or export i
         with open(path, "rb") as f:
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         body = 8 + int.from_bytes(data[:8], "little")
-        need(
-            body <= len(data), f"{len(data)} bytes, too short for its header: truncated or damaged"
-        )
+        short = f"{len(data)} bytes, too short for its header: truncated or damaged"
+        need(body <= len(data), short)
         header = json.loads(data[8:body].decode("utf-8"))
         need(isinstance(header, dict), "the header is no JSON object")
         meta = header.pop("__metadata__", {})
@@ -401,10 +398,8 @@ def read_modules(root):
         said["include_prompt"] = False, pooling / "config.json"
     beside = body / "sentence_bert_config.json"
     lengths = read_json(beside) if beside.exists() else {}
-    for name in lengths.keys() & {"max_seq_length", "do_lower_case"}:
+    for name in lengths.keys() & {"max_seq_length", "do_lower_case", "processing_kwargs"}:
         said[name] = lengths[name], beside
-    if odd := lengths.get("processing_kwargs"):
-        said["processing_kwargs"] = odd, beside
     return body, dense, said
 
 
@@ -488,11 +483,10 @@ class Embeddings(nn.Module):
         H = c.hidden_size
         width = c.bottleneck_size or H
         # Zeros, set later: a random start on the meta device would import a second of torch.
-        words, positions, types = c.vocab_size, c.max_position_embeddings, c.type_vocab_size
-        self.word = Table.from_pretrained(torch.zeros(words, width), False, c.pad_token_id)
+        self.word = Table.from_pretrained(torch.zeros(c.vocab_size, width), False, c.pad_token_id)
         self.project = Linear(width, H, bias=False) if c.bottleneck_size else None
-        self.position = Table.from_pretrained(torch.zeros(positions, H), False)
-        self.token_type = Table.from_pretrained(torch.zeros(types, H), False)
+        self.position = Table.from_pretrained(torch.zeros(c.max_position_embeddings, H), False)
+        self.token_type = Table.from_pretrained(torch.zeros(c.type_vocab_size, H), False)
         self.norm = LayerNorm(H, eps=c.layer_norm_eps)
 
     def forward(self, ids, dtype):  # ids (N, T)
@@ -730,8 +724,7 @@ class Encoder(nn.Module):
         c = {**vars(self.config), "position_embedding_type": "absolute"}
         c["hidden_dropout_prob"] = c["attention_probs_dropout_prob"] = c.pop("dropout")
         if not c["bottleneck_size"] and c["recurrence"] == 1:  # text-embeddings-inference demands:
-            name = f"{FAMILIES[self.config.model_type]}Model"
-            c |= {"architectures": [name], "initializer_range": 0.02}
+            c |= {"architectures": [f"{FAMILIES[c['model_type']]}Model"], "initializer_range": 0.02}
         text = json.dumps(c, indent=1, sort_keys=True) + "\n"
         Path(folder, "config.json").write_text(text, "utf-8")
         pad = self.tokenizer.id_to_token(self.config.pad_token_id)
@@ -741,8 +734,7 @@ class Encoder(nn.Module):
         Path(folder, "tokenizer.json").write_text(self.tokenizer.to_str(), "utf-8")
         tensors = narrow(to_hf(self.state_dict()), weights)
         for name, t in tensors.items():
-            finite = not t.is_floating_point() or torch.isfinite(t).all()
-            need(finite, f"{name} holds values that are not finite in {weights}")
+            need(torch.isfinite(t).all(), f"{name} holds values that are not finite in {weights}")
         write_safetensors(Path(folder, "model.safetensors"), tensors)
 
 
@@ -855,8 +847,7 @@ def from_hf(tensors, place):
             for ours, theirs in NAMES.items():
                 name = name.replace(theirs, ours, 1)
             need(name not in out, f"{name} is there twice")
-            rows = t.dtype == torch.int8 and name.endswith("weight")
-            numbers = t.is_floating_point() or rows
+            numbers = t.is_floating_point() or t.dtype == torch.int8 and name.endswith("weight")
             need(numbers, f"{name} has dtype {t.dtype}, expected a floating one, or int8 weights")
             out[name] = t
     table = out.get("embeddings.word.weight")
@@ -1026,8 +1017,7 @@ def unroll(model):
     if c.bottleneck_size:
         e.word.weight, e.project = nn.Parameter(e.word.weight @ e.project.weight.T), None
     model.layers = nn.ModuleList([*model.layers] * c.recurrence)
-    depth = len(model.layers)
-    model.config = replace(c, bottleneck_size=0, recurrence=1, num_hidden_layers=depth)
+    model.config = replace(c, bottleneck_size=0, recurrence=1, num_hidden_layers=len(model.layers))
     return model
 
 
@@ -1150,8 +1140,7 @@ def write_onnx(model, folder):
     with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as after:
         logging.disable(logging.WARNING)  # of packages that tracer and quantizer could do without
         after.callback(logging.disable, logging.NOTSET)
-        inputs = (ids, ids.clone())
-        program = torch.onnx.export(model, inputs, dynamo=True, verbose=False, **names)
+        program = torch.onnx.export(model, (ids, ids.clone()), dynamo=True, verbose=False, **names)
         ClearMetadataAndDocStringPass()(program.model)  # this machine's paths are in it
         program.save(full := folder / "model.onnx")
         # Unsigned: without VNNI, x86 processors add up signed products with saturation.

@@ -135,17 +135,15 @@ def check_sizes(c, B, layers, R):
 
 
 # ---------------------------------------------------------------------------- how a student begins
+@torch.no_grad()
 def init_weights(model, generator, std=0.02):
     """BERT's random start: normal(0, std), LayerNorm at identity, biases and the pad row at 0."""
     for name, p in model.named_parameters():
-        with torch.no_grad():
-            if "norm" in name:
-                p.fill_(float(name.endswith("weight")))
-            elif name.endswith("bias"):
-                p.zero_()
-            else:
-                p.normal_(0, std, generator=generator)
-    model.embeddings.word.weight.data[model.config.pad_token_id] = 0
+        if name.endswith("bias") or "norm" in name:
+            p.fill_(float(name.endswith("weight")))
+        else:
+            p.normal_(0, std, generator=generator)
+    model.embeddings.word.weight[model.config.pad_token_id] = 0
     return model
 
 
@@ -244,11 +242,10 @@ def make_assistant(teacher, tokenizer, english=(), translations=()):
     table, total = mix @ word, mix @ torch.ones(len(word), 1)  # (V, H), (V, 1)
     table = torch.where(total > 0, table / total, word.mean(0))  # (V, H)
     start, *_, end = teacher.tokenizer.encode("").ids
-    unknown = map(teacher.tokenizer.token_to_id, ("[UNK]", "<unk>"))
-    rows = [("<s>", start), ("</s>", end)]
-    rows += [("<unk>", row) for row in unknown if row is not None]
-    for name, row in rows:
-        table[vocab[name]] = word[row]
+    table[vocab["<s>"]], table[vocab["</s>"]] = word[start], word[end]
+    for row in map(teacher.tokenizer.token_to_id, ("[UNK]", "<unk>")):
+        if row is not None:
+            table[vocab["<unk>"]] = word[row]
     table[pad_id] = 0
     model.embeddings.word.weight.copy_(table)
     return model
@@ -299,8 +296,7 @@ def align(e, e_at, f, f_at, iterations=5, longest=200):
     token = np.repeat(np.arange(len(width)), width)  # (l,)
     kinds, kind = np.unique(key, return_inverse=True)  # (L,), (l,)
     english, t = kinds % V, np.ones(len(kinds))  # t(f | e), not yet normalised
-    count = np.zeros(len(kinds))
-    for _ in range(iterations if len(kinds) else 0):
+    for _ in range(iterations):
         p = t[kind]  # (l,) E step: a link's share of its foreign token
         p /= np.add.reduceat(p, np.cumsum(width) - width)[token]
         count = np.bincount(kind, p, len(kinds))

@@ -186,8 +186,7 @@ class Run:
             dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
             # They wait for the first, which may take hours over targets, in a group of their own
             # with a day's patience; NCCL's stays short, so that one that dies is noticed.
-            day = datetime.timedelta(days=1)
-            self.group = dist.new_group(backend="gloo", timeout=day)
+            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
         args.dtype, why = (args.dtype, "asked for") if args.dtype else M.best_dtype(args.device)
         where = f"device {args.device}, {args.dtype} ({why}), {torch.get_num_threads()} threads"
         what = f"{args.preset}, stages {args.stages}, seed {args.seed}, folder {self.out}"
@@ -594,8 +593,7 @@ def pipeline(run):
         student = run.build(stage_dir / "student-start", lambda: start_student(run, assistant))
         models["student, untrained"] = student
         for k in student_stages:
-            last = k == student_stages[-1]
-            folder = out / "student" if last else stage_dir / f"stage{k}"
+            folder = out / "student" if k == student_stages[-1] else stage_dir / f"stage{k}"
             student = train_stage(run, k, models, student, folder)
             models[f"student, stage {k}"] = student
     if run.rank == 0:
@@ -632,8 +630,7 @@ def read_inputs(run):
     with run.main_process_first():
         run.corpus = data.build_corpus(train, args.cache, extra, args.max_chars, most)
         run.dev = data.build_corpus(dev, args.cache, (), args.max_chars) if dev else None
-    for line in run.corpus.describe(most):
-        run.say(line)
+    run.say("\n".join(run.corpus.describe(most)))
     for k in args.stages:
         dropped = f"all lines of --train up to --max-lines {args.max_lines[k - 1]} were dropped"
         need(stage_pairs(run, k).size, f"stage {k} has no pairs: {dropped}")
@@ -698,10 +695,9 @@ def start_assistant(run, teacher_folder):
 
 def start_cut_assistant(run):
     """The given assistant with the --keep-vocab pieces that the training text uses most."""
-    args = run.args
-    assistant = M.load(args.assistant, "float32", "cpu", train=True)
+    assistant = M.load(run.args.assistant, "float32", "cpu", train=True)
     counts = piece_counts(run, assistant)
-    tokenizer, kept = data.cut_vocabulary(assistant.tokenizer, counts, args.keep_vocab)
+    tokenizer, kept = data.cut_vocabulary(assistant.tokenizer, counts, run.args.keep_vocab)
     for language, sides in run.dev.by_language().items() if run.dev else ():
         flat, _ = assistant.tokenize([t for side in sides for t in side])
         lost = 1 - np.isin(flat, kept).mean()
@@ -711,11 +707,10 @@ def start_cut_assistant(run):
 
 def start_student(run, assistant_folder):
     """The student before its first stage."""
-    args = run.args
+    a = run.args
     assistant = run.load(assistant_folder, train=True)  # float32
     counts = piece_counts(run, assistant, 10**7)  # sentences are in no order: a fair sample
-    sizes = args.bottleneck, args.layers, args.recurrence
-    return msd.make_student(assistant, *sizes, args.init, args.seed, counts)
+    return msd.make_student(assistant, a.bottleneck, a.layers, a.recurrence, a.init, a.seed, counts)
 
 
 def piece_counts(run, encoder, most=None):
@@ -739,10 +734,8 @@ def spearman(x, y):
 
 def mean_spearman(scores):
     """(all, monolingual, cross-lingual) means over sets named A-B; nan for none."""
-    mono, cross = [], []
-    for name, score in scores.items():
-        a, b = name.split("-")
-        (mono if a == b else cross).append(score)
+    mono = [x for name, x in scores.items() if len(set(name.split("-"))) == 1]
+    cross = [x for name, x in scores.items() if len(set(name.split("-"))) == 2]
     return tuple(float(np.mean(x)) if x else math.nan for x in ([*scores.values()], mono, cross))
 
 
