@@ -506,13 +506,15 @@ class Embeddings(nn.Module):
 def plain_attention(q, k, v, attn_mask, dropout=0.0):
     """softmax(q k' / sqrt(d) + attn_mask) v; q, k, v (N, h, T, d), attn_mask of Encoder.hidden.
 
-    The path on CPU in training, where SDPA's backward pass costs more than these two products at
-    sentence lengths, and for short sentences in bfloat16, where its forward pass does, too.
+    The path on a CPU at sentence lengths, where SDPA costs more than these two products.
     """
+    T = k.shape[2]
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (N, h, T, T)
     scores = scores if attn_mask is None else scores + attn_mask
+    # torch's softmax takes three times as long for rows of less than 16 numbers as for 16.
+    scores = F.pad(scores, (0, max(0, 16 - T)), value=torch.finfo(scores.dtype).min)
     # In float32: more exact, and faster than bfloat16's own kernel at most lengths.
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32)[..., :T].to(v.dtype)
     return F.dropout(weights, dropout, dropout > 0) @ v  # (N, h, T, d)
 
 
@@ -533,8 +535,8 @@ class Layer(nn.Module):
         p = c.dropout if self.training else 0.0
         qkv = self.qkv(x).view(N, T, 3, c.num_attention_heads, -1)  # (N, T, 3, h, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, h, T, d)
-        short = T <= 32 and x.dtype == torch.bfloat16
-        if x.device.type == "cpu" and (torch.is_grad_enabled() or short):
+        plain = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if plain and (T < 128 or torch.is_grad_enabled()):
             a = plain_attention(q, k, v, attn_mask, p)
         else:
             a = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=p)
