@@ -671,7 +671,8 @@ class Encoder(nn.Module):
         lengths = np.diff(starts)
         was_training = self.training
         self.eval()
-        on_cpu = torch.get_num_threads() * (512 if self.dtype == torch.bfloat16 else 256)
+        threads = min(16, torch.get_num_threads())
+        on_cpu = threads * (512 if self.dtype == torch.bfloat16 else 256)
         budget = 2**16 if self.device.type == "cuda" else on_cpu
         order = np.argsort(-lengths, kind="stable")
         width = self.config.hidden_size if embeddings_only else self.config.width
