@@ -1150,28 +1150,34 @@ def write_onnx(model, folder):
         quantize_dynamic(full, folder / "model_quantized.onnx", **unsigned)
 
 
-def model_card(model, source, name, weights, onnx, plain):
-    """README.md for a hub; scores and origin are in results.json beside the folder `source`."""
-    c = model.config
-    languages, made = ["multilingual"], ""
-    with contextlib.suppress(InputError), reading(source, "of a run"):  # the file may be anybody's
-        results = read_json(source.parent / "results.json")
-        row = [v for k, v in results["rows"].items() if k.split(",")[0] == source.name][-1]
+def origin(folder):
+    """(languages, text): the scores and the making of a model, by results.json beside its folder."""
+    with contextlib.suppress(InputError), reading(folder, "of a run"):  # the file may be anybody's
+        results = read_json(folder.parent / "results.json")
+        row = [v for k, v in results["rows"].items() if k.split(",")[0] == folder.name][-1]
         scores = {k: v for k, v in row["spearman"].items() if not math.isnan(v)}
-        seen = {x for pair in scores for x in pair.split("-")} | set(row["accuracy"])
-        languages = sorted(seen) or languages
+        text = ""
         if scores:
             shown = ", ".join(f"{k} {v:.1f}" for k, v in scores.items())
-            made = f"Spearman x 100: {shown}; mean {sum(scores.values()) / len(scores):.1f}.\n\n"
+            text = f"Spearman x 100: {shown}; mean {sum(scores.values()) / len(scores):.1f}.\n\n"
         if row["accuracy"]:
             there, back = np.mean([*row["accuracy"].values()], axis=0)
-            made += f"Translations found: {there:.1f} % from English, {back:.1f} % into it.\n\n"
+            text += f"Translations found: {there:.1f} % from English, {back:.1f} % into it.\n\n"
         given = results["arguments"]
         teacher = given["teacher"] or ["built in"]  # [name, fingerprint]
         assistant = given["assistant"] or ["made of the teacher"]
         files = ", ".join(name for name, _ in given["train"] + given["extra"]) or "built in"
-        made += f"Teacher: {teacher[0]}; assistant: {assistant[0]}; data: {files}; "
-        made += f"seed {given['seed']}; code: {results['git'] or 'unknown'}.\n"
+        text += f"Teacher: {teacher[0]}; assistant: {assistant[0]}; data: {files}; "
+        text += f"seed {given['seed']}; code: {results['git'] or 'unknown'}.\n"
+        seen = {x for pair in scores for x in pair.split("-")} | set(row["accuracy"])
+        return sorted(seen) or ["multilingual"], text
+    return ["multilingual"], ""
+
+
+def model_card(model, source, name, weights, onnx, plain):
+    """README.md for a hub, of the model that was read from the folder `source`."""
+    c = model.config
+    languages, made = origin(source)
     trust = "" if plain else ", trust_remote_code=True"
     uses = f"""from sentence_transformers import SentenceTransformer
 SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])
