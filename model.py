@@ -1151,7 +1151,7 @@ def write_onnx(model, folder):
 
 
 def origin(folder):
-    """(languages, text): the scores and the making of a model, by results.json beside its folder."""
+    """(languages, text): scores and origin of a model, by results.json beside its folder."""
     with contextlib.suppress(InputError), reading(folder, "of a run"):  # the file may be anybody's
         results = read_json(folder.parent / "results.json")
         row = [v for k, v in results["rows"].items() if k.split(",")[0] == folder.name][-1]
