@@ -3,13 +3,13 @@
     python results/device.py MODEL PAIRS.tsv.gz [--batch 512 1024] [--seconds 60]
 
 PAIRS: english<TAB>translation lines. Encoding is in float32 and bfloat16, beside
-sentence-transformers where that is installed. Training is stage 1's step, with and without cuDNN's
-attention, which plans for every new shape; its share is 6 x the parameters that a token uses x
-tokens a second, over the rate of a large bfloat16 product. At the end the profile of a step.
+sentence-transformers where that is installed. Training is stage 1's step: with cuDNN's attention,
+which plans for every new shape, as it is, without, and with both sides of a pair in one call; its
+share is 6 x the parameters that a token uses x tokens a second, over the rate of a large bfloat16
+product. At the end the profile of a step as it is.
 """
 
 import argparse
-import contextlib
 import itertools
 import statistics
 import sys
@@ -95,22 +95,28 @@ class Step:
 
     def __init__(self, folder, corpus, size):
         self.model = M.load(folder, "bfloat16", train=True)
-        sides = [corpus.texts(side) for side in corpus.pairs.T]
-        self.tokens = [self.model.tokenize(side) for side in sides]
-        lengths = [np.diff(starts) for _, starts in self.tokens]
-        order = data.batch_order(np.maximum(*lengths), size, 0)
+        s, t = (corpus.texts(side) for side in corpus.pairs.T)
+        self.tokens, self.at_once = self.model.tokenize(s + t), False
+        lengths = np.diff(self.tokens[1]).reshape(2, -1)
+        order = data.batch_order(lengths.max(0), size, 0)
         self.batches = itertools.cycle([rows for rows in order if len(rows) == size])
-        self.lengths, self.shapes = np.add(*lengths), set()
+        self.lengths, self.shapes = lengths.sum(0), set()
         self.optimizer = train.make_optimizer(self.model, 1e-5)
         self.target = torch.randn(size, self.model.config.width, device=self.model.device)
 
     def __call__(self):
         """One step; the number of its tokens."""
         rows = next(self.batches)
-        sides = [self.model.batch(*side, rows) for side in self.tokens]
-        self.shapes |= {ids.shape for ids, _ in sides}
+        pair = rows, rows + len(self.lengths)  # English sentences, their translations
+        parts = [np.concatenate(pair)] if self.at_once else pair
+        parts = [self.model.batch(*self.tokens, part) for part in parts]
+        self.shapes |= {ids.shape for ids, _ in parts}
         self.optimizer.zero_grad()
-        sum(msd.stage_loss(1, self.model, *sides, self.target).values()).backward()
+        if self.at_once:
+            halves = self.model(*parts[0]).chunk(2)
+            sum(msd.mse(half, self.target) for half in halves).backward()
+        else:
+            sum(msd.stage_loss(1, self.model, *parts, self.target).values()).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), msd.CLIP)
         self.optimizer.step()
         return int(self.lengths[rows].sum())
@@ -163,18 +169,20 @@ def main():
         targets(args.model, corpus, speed)
         for size in args.batch:
             step = Step(args.model, corpus, size)
-            parts = {"without cuDNN": args.seconds}
-            if DEVICE == "cuda":  # a plan for every shape: the first minute is mostly those
-                parts = {"with cuDNN": min(args.seconds, 20), **parts}
-            for how, seconds in parts.items():
-                with contextlib.suppress(AttributeError):
-                    torch.backends.cuda.enable_cudnn_sdp(how == "with cuDNN")
+            some = min(args.seconds, 20)
+            ways = {"as it is": args.seconds, "both sides of a pair at once": some}
+            if DEVICE == "cuda":  # which plans for every shape
+                ways = {"with cuDNN's attention": some, **ways}
+            for how, seconds in ways.items():
+                torch.backends.cuda.enable_cudnn_sdp("cuDNN" in how)
+                step.at_once = "at once" in how
                 speed = training(step, seconds)
                 share = 6 * step.used() * speed / rate
                 shapes = f"{len(step.shapes)} shapes so far"
                 print(
                     f"training, {size} pairs, {how}: {speed:,.0f} tokens/s, {share:.1%}, {shapes}"
                 )
+            step.at_once = False
         profile(step)
 
 
