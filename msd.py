@@ -64,7 +64,7 @@ STAGES = {
 }
 
 
-def stage_loss(stage, model, s, t, y_s, y_t=None, contrast=True, gather=None):
+def stage_loss(stage, model, ids, mask, y_s, y_t=None, contrast=True, gather=None):
     """The loss terms of a batch, to be summed 1:1:1: {"en": ..., "tr": ..., "mcl" in stage 4}.
 
     stage 1: MSE(A(s), T(s)) + MSE(A(t), T(s))
@@ -72,13 +72,14 @@ def stage_loss(stage, model, s, t, y_s, y_t=None, contrast=True, gather=None):
     stage 3: MSE(S(s), A(s)) + MSE(S(t), A(t))
     stage 4: MSE(S(s), T(s)) + MSE(S(t), T(s)) + contrastive(S(s), S(t), T(s))
 
-    s, t: (ids, mask), each (N, T), of English sentences and translations. y_s, y_t: the targets
-    (N, H) of the two sides; y_t is unused where the English side's serves both. gather: where a
-    batch is spread over processes, makes of one process's vectors those of the whole batch, to
-    which the targets belong.
+    ids, mask: (2N, T), of N English sentences s and, behind them, their translations t. y_s, y_t:
+    the targets (N, H) of the two sides; y_t is unused where the English side's serves both. gather:
+    where a batch is spread over processes, makes of one process's vectors those of the whole batch,
+    to which the targets belong.
     """
     row = STAGES[stage]
-    X_s, X_t = (model(*side, embeddings_only=row.embeddings_only) for side in (s, t))  # (N, H) each
+    # One call for both sides: half as many as two, and as little padding, as lengths are sorted.
+    X_s, X_t = model(ids, mask, embeddings_only=row.embeddings_only).chunk(2)  # (N, H) each
     if gather:
         X_s, X_t = gather(X_s), gather(X_t)
     terms = {"en": mse(X_s, y_s), "tr": mse(X_t, y_t if row.per_side else y_s)}

@@ -122,14 +122,16 @@ def test_stage_terms_and_their_gradients(tokenizer, stage):
     """The terms are those of the paper's table, and each alone moves the weights the stage trains,
     and no others."""
     m = tiny(tokenizer, bottleneck_size=8 if stage > 1 else 0)
-    s, t = batch(m, TEXTS[:3]), batch(m, TEXTS[3:6])
     y_s, y_t = torch.randn(3, 32), torch.randn(3, 32)
-    terms = msd.stage_loss(stage, m, s, t, y_s, y_t)
+    terms = msd.stage_loss(stage, m, *batch(m, TEXTS[:6]), y_s, y_t)
     assert list(terms) == ["en", "tr"] + ["mcl"] * (stage == 4)
-    X_s, X_t = m(*s, embeddings_only=stage == 2), m(*t, embeddings_only=stage == 2)
-    assert torch.equal(terms["en"], msd.mse(X_s, y_s)) and torch.equal(
-        terms["tr"], msd.mse(X_t, y_t if stage in (2, 3) else y_s)
-    )
+    for name, texts, y in (
+        ("en", TEXTS[:3], y_s),
+        ("tr", TEXTS[3:6], y_t if stage in (2, 3) else y_s),
+    ):
+        alone = msd.mse(m(*batch(m, texts), embeddings_only=stage == 2), y)
+        gap = abs(terms[name] - alone)
+        assert gap < 1e-5 * alone, f"both sides in one call: {name} differs by {gap}"
     for name, term in terms.items():
         m.zero_grad()
         term.backward(retain_graph=True)
@@ -138,7 +140,8 @@ def test_stage_terms_and_their_gradients(tokenizer, stage):
         }
         assert any(k.startswith("embeddings.word") for k in moved), name
         assert any(k.startswith("layers.3") for k in moved) == (stage != 2), name
-    assert list(msd.stage_loss(stage, m, s, t, y_s, y_t, contrast=False)) == ["en", "tr"]
+    terms = msd.stage_loss(stage, m, *batch(m, TEXTS[:6]), y_s, y_t, contrast=False)
+    assert list(terms) == ["en", "tr"]
 
 
 @pytest.mark.parametrize("kind", PARITY)
@@ -180,15 +183,16 @@ def test_parity_with_the_authors(kind, tmp_path):
         (4, "stage4", S, "teacher"),
         (3, "stage3_no_bottleneck", bare, "assistant"),
     ):
-        losses_and_gradients_are(want, stage, key, m, source, sides, pad_row_frozen)
+        both = batch(A, texts["en"] + texts["mul"])
+        losses_and_gradients_are(want, stage, key, m, source, both, pad_row_frozen)
 
 
-def losses_and_gradients_are(want, stage, key, m, source, sides, pad_row_frozen):
+def losses_and_gradients_are(want, stage, key, m, source, both, pad_row_frozen):
     """A stage's loss terms, and their gradient by each weight, against the authors' numbers."""
     get = lambda name: torch.tensor(want[name])
     targets = ["teacher"] if source == "teacher" else [f"{source}/en", f"{source}/mul"]
     m.zero_grad()
-    terms = msd.stage_loss(stage, m, sides["en"], sides["mul"], *map(get, targets))
+    terms = msd.stage_loss(stage, m, *both, *map(get, targets))
     total = sum(terms.values())
     total.backward()
     named = {"total_loss": total, "en_loss": terms["en"], "mul_loss": terms["tr"]}
@@ -2583,9 +2587,9 @@ def test_nothing_waits_for_a_gpu(tokenizer):
     m = tiny(tokenizer, bottleneck_size=8, type_vocab_size=1)
     m.load_state_dict({k: v.to("meta") for k, v in m.state_dict().items()}, assign=True)
     m.dtype = torch.bfloat16
-    sides, y = (batch(m, TEXTS[:4]), batch(m, TEXTS[3:])), torch.empty(4, 32, device="meta")
+    both, y = batch(m, TEXTS[:4] + TEXTS[3:]), torch.empty(4, 32, device="meta")
     for stage in msd.STAGES:
-        loss = sum(msd.stage_loss(stage, m, *sides, y, y).values())
+        loss = sum(msd.stage_loss(stage, m, *both, y, y).values())
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(m.parameters(), msd.CLIP)
         assert (loss + norm).device.type == "meta"
@@ -2709,16 +2713,14 @@ def test_stages_get_their_inputs_and_targets(world, finished, stage, monkeypatch
     from the right source."""
     out, seen = world / "whole", {}
 
-    def spy(k, model, s, t, y_s, y_t=None, contrast=True, gather=None):
+    def spy(k, model, ids, mask, y_s, y_t=None, contrast=True, gather=None):
         if k == stage and not seen:
             source = M.load(world / "teacher" if k in (1, 4) else out / "assistant", "float32")
             before = M.load(out / "stages" / STARTS[k], "float32")
-            decode = lambda side, m: [
-                m.tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(*side)
-            ]
+            texts = [before.tokenizer.decode(row[m].tolist()) for row, m in zip(ids, mask)]
             seen.update(
-                en=decode(s, before),
-                tr=decode(t, before),
+                en=texts[: len(y_s)],
+                tr=texts[len(y_s) :],
                 y_s=y_s,
                 y_t=y_t,
                 contrast=contrast,
@@ -2730,7 +2732,7 @@ def test_stages_get_their_inputs_and_targets(world, finished, stage, monkeypatch
             ]
             seen["all"] = [n for n, _ in model.named_parameters()]
             raise KeyError("seen")
-        return terms(k, model, s, t, y_s, y_t, contrast)
+        return terms(k, model, ids, mask, y_s, y_t, contrast)
 
     terms = msd.stage_loss
     monkeypatch.setattr(msd, "stage_loss", spy)

@@ -521,8 +521,9 @@ def stage_batches(run, stage, model, corpus, pairs, source, epochs=None):
         s, t = pairs[numbers].T  # (N,) each
         y_s, y_t = target(s), target(t) if spec.per_side else None
         rows, gather = share_of(run, len(numbers))
-        sides = (model.batch(flat, starts, side[rows]) for side in (s, t))  # (N, T) each
-        terms = msd.stage_loss(stage, net, *sides, y_s, y_t, not args.no_contrast, gather)
+        both = np.concatenate([s[rows], t[rows]])
+        ids, mask = model.batch(flat, starts, both)  # (2N, T) each
+        terms = msd.stage_loss(stage, net, ids, mask, y_s, y_t, not args.no_contrast, gather)
         return terms, int(lengths[numbers].sum())
 
     return loss_at, steps
