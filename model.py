@@ -505,7 +505,8 @@ class Embeddings(nn.Module):
 def plain_attention(q, k, v, attn_mask, dropout=0.0):
     """softmax(q k' / sqrt(d) + attn_mask) v; q, k, v (N, h, T, d), attn_mask of Encoder.hidden.
 
-    The path on a CPU at sentence lengths, where SDPA costs more than these two products.
+    The path on a CPU at sentence lengths, where SDPA costs more than these two products, and in
+    training at any, where its backward pass does, too.
     """
     T = k.shape[2]
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (N, h, T, T)

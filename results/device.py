@@ -3,10 +3,10 @@
     python results/device.py MODEL PAIRS.tsv.gz [--batch 512 1024] [--seconds 60]
 
 PAIRS: english<TAB>translation lines. Encoding is in float32 and bfloat16, beside
-sentence-transformers where that is installed. Training is stage 1's step: with cuDNN's attention,
-which plans for every new shape, as it is, without, and with a call for each side of the pairs; its
-share is 6 x the parameters that a token uses x tokens a second, over the rate of a large bfloat16
-product. At the end the profile of a step as it is.
+sentence-transformers where that is installed. Training is stage 1's step as it is, and two ways
+that were left: cuDNN's attention, which plans for every new shape, and a call for each side of the
+pairs. Its share is 6 x the parameters that a token uses x tokens a second, over the rate of a large
+bfloat16 product. At the end the profile of a step as it is.
 """
 
 import argparse
