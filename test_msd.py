@@ -15,6 +15,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,8 +59,9 @@ TEXTS = [
 ]
 
 
+# The fixtures are made once, here and for tests/ (its conftest.py), hence the caches.
 @pytest.fixture(scope="session")
-@functools.cache  # tests/conftest.py asks for it, too
+@functools.cache
 def tokenizer():
     texts = [
         line
@@ -116,13 +118,21 @@ def tsv(folder, n=120):
     return folder
 
 
-@pytest.fixture(scope="session")
-@functools.cache  # tests/conftest.py asks for it, too
-def world(tmp_path_factory, tokenizer):
-    root = tmp_path_factory.mktemp("world")
+TEMPORARY = tempfile.TemporaryDirectory()  # of the fixtures; goes with the process
+
+
+@functools.cache
+def make_world(tokenizer):
+    root = Path(TEMPORARY.name, "world")
+    root.mkdir()
     tsv(root / "d")
     tiny(tokenizer, std=0.1).save(root / "teacher")
     return root
+
+
+@pytest.fixture(scope="session")
+def world(tokenizer):
+    return make_world(tokenizer)
 
 
 def command(world, out, *more, script=HERE / "train.py"):
@@ -149,7 +159,7 @@ def run_here(capsys, args):
 
 
 @pytest.fixture(scope="session")
-@functools.cache  # tests/conftest.py asks for it, too
+@functools.cache
 def finished(world):
     done = run(command(world, world / "whole", "--keep"))
     assert done.returncode == 0, done.stderr
