@@ -1453,7 +1453,7 @@ def test_fit_without_dev_keeps_the_last_weights(tmp_path):
     assert train.read_log(tmp_path)[-1]["best_dev"] is None
 
 
-@pytest.mark.parametrize("stop_at", range(1, 10))
+@pytest.mark.parametrize("stop_at", [1, 4, 6, 9])
 def test_fit_resumes_to_the_bit(tmp_path, monkeypatch, stop_at):
     """Stopped anywhere, before or after the best reading, and continued: the same weights, AdamW
     state and log as if nothing had been. What the checkpoint does not hold is done again."""
@@ -1464,8 +1464,10 @@ def test_fit_resumes_to_the_bit(tmp_path, monkeypatch, stop_at):
         fit_toy(a_run(tmp_path / "run"), again, stop_at)
     for q in again.parameters():
         q.data.fill_(9)  # all that matters is in the file
-    run = a_run(tmp_path / "run")
-    fit_toy(run, again)
+    file = tmp_path / "run" / "checkpoint.safetensors"
+    tensors, meta = M.read_safetensors(file)
+    M.write_safetensors(file, tensors, meta | {"seconds": "1000"})
+    fit_toy(a_run(tmp_path / "run"), again)
     assert all(map(torch.equal, whole.parameters(), again.parameters()))
     assert untimed(train.read_log(tmp_path / "run")) == untimed(train.read_log(tmp_path / "whole"))
     one, two = (
@@ -1474,21 +1476,20 @@ def test_fit_resumes_to_the_bit(tmp_path, monkeypatch, stop_at):
     assert set(one[0]) == set(two[0]) and all(torch.equal(v, two[0][k]) for k, v in one[0].items())
     assert one[1] | {"seconds": ""} == two[1] | {"seconds": ""}
     assert (two[1]["stage"], two[1]["step"], two[1]["best"]) == ("x", "9", "1.0")
+    assert train.read_log(tmp_path / "run")[-1]["seconds"] >= 1000
 
 
-def test_fit_saves_once_a_minute_and_not_after_the_last_step(tmp_path, monkeypatch):
-    """With a clock that jumps 25 seconds a reading; another stage's checkpoint begins nothing."""
+def test_fit_saves_when_it_is_due(tmp_path, monkeypatch):
+    """After SAVE_SECONDS, but not after the last step. The checkpoint of another stage is not its
+    own."""
     assert train.SAVE_SECONDS == 60 and train.EVALS == 4
-    saved, toy, now = [], Toy(), [0.0]
+    saved, toy = [], Toy()
     monkeypatch.setattr(train.Training, "save", lambda self, step: saved.append(step))
-    run = a_run(tmp_path)
     M.write_safetensors(tmp_path / "checkpoint.safetensors", {}, {"stage": "y", "step": "2"})
-    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
-    train.fit(run, "x", toy, 4, 1e-3, lambda step: (toy_terms(toy), 1))
-    assert saved == [1, 2, 3]
-    monkeypatch.setattr(train, "SAVE_SECONDS", 1e9)
-    train.fit(run, "x", toy, 4, 1e-3, lambda step: (toy_terms(toy), 1))
-    assert saved == [1, 2, 3] and now == [0.0]
+    for seconds in (-1, 1e9):
+        monkeypatch.setattr(train, "SAVE_SECONDS", seconds)
+        train.fit(a_run(tmp_path), "x", toy, 4, 1e-3, lambda step: (toy_terms(toy), 1))
+        assert saved == [1, 2, 3]
 
 
 def test_fit_stops_at_a_loss_that_is_not_finite(tmp_path, monkeypatch):
@@ -1578,27 +1579,21 @@ def test_a_loss_that_is_not_finite_stops(world, finished, tmp_path):
     assert not (tmp_path / "nan" / "assistant").exists()
 
 
-def test_every_stage_resumes_to_the_bit(world, finished, tmp_path, monkeypatch):
-    """Each stage stopped after its second step by an exception in its third, then continued: the
-    uninterrupted bits."""
+def test_train_stage_resumes_every_stage_to_the_bit(world, finished, tmp_path, monkeypatch):
+    """Each stage of a run stopped in its third step, then continued: the uninterrupted bits."""
     args = command(world, tmp_path / "run", "--keep")[2:]
-    real, stopped = train.stage_batches, set()
+    real, calls, stopped = msd.stage_loss, [], set()
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
 
-    def fragile(run, stage, *rest):
-        loss_at, steps = real(run, stage, *rest)
-
-        def at(step):
-            if (
-                step == 2 and stage not in stopped and len(rest) == 5
-            ):  # in training: epochs is given
+    def fragile(stage, *rest):
+        if not torch.is_inference_mode_enabled():  # in training, not for dev
+            calls.append(stage)
+            if calls.count(stage) == 3 and stage not in stopped:
                 stopped.add(stage)
                 raise KeyError("the power is gone")
-            return loss_at(step)
+        return real(stage, *rest)
 
-        return at, steps
-
-    monkeypatch.setattr(train, "stage_batches", fragile)
+    monkeypatch.setattr(msd, "stage_loss", fragile)
     for _ in range(4):
         with pytest.raises(KeyError, match="power"):
             train.main(args)
@@ -1609,60 +1604,235 @@ def test_every_stage_resumes_to_the_bit(world, finished, tmp_path, monkeypatch):
         assert one.read_bytes() == two.read_bytes(), name
 
 
-STARTS = {1: "assistant-start", 2: "student-start", 3: "stage2", 4: "stage3"}
-
-
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
-def test_stages_get_their_inputs_and_targets(world, finished, stage, monkeypatch, tmp_path):
-    """What reaches the loss in a run: the model from the stage before, each pair's own target,
-    from the right source."""
-    out, seen = world / "whole", {}
+def test_train_stage_gives_each_pair_its_target(stage, models, small, monkeypatch):
+    """Of every batch of every pass: which pairs, both sides, from the right source, each with its
+    own target; the terms that fit gets and logs are msd's of the batch."""
+    run = small()
+    fit = caught_fit(monkeypatch, run, stage, models, "assistant" if stage == 1 else "student")
+    n, size = len(run.pairs[stage]), STAGE["batch"][stage - 1]
+    one_pass = math.ceil(n / size)
+    assert (fit.name, fit.lr) == (f"stage {stage}", STAGE["lr"][stage - 1])
+    assert fit.steps == math.ceil(STAGE["epochs"][stage - 1] * one_pass)
+    kind = {1: "teacher", 2: "assistant", 3: "assistant", 4: "teacher"}[stage]
+    source = M.load(models[kind], "float32", max_tokens=run.args.max_tokens)
+    known = texts_of(fit.model, {t for pair in run.pairs[stage] for t in pair})
+    calls, model = caught_losses(monkeypatch), fit.model.eval()
+    corpus_pairs = train.stage_pairs(run, stage)
+    lengths = [max(len(model.tokenize([t])[0]) for t in run.corpus.texts(p)) for p in corpus_pairs]
+    for step in range(fit.steps):
+        terms, tokens = fit.loss_at(step)
+        call = calls.pop()
+        english, translations = read_batch(call, known)
+        epoch, i = divmod(step, one_pass)
+        numbers = data.batch_order(np.array(lengths), size, (3, stage, epoch))[i]
+        want = [tuple(run.corpus.texts(corpus_pairs[j])) for j in numbers]
+        assert list(zip(english, translations)) == want and set(want) <= set(run.pairs[stage])
+        assert tokens == int(call.mask.sum())
+        y = [source.embed(*source.tokenize(x), stage == 2) for x in (english, translations)]
+        assert apart(call.y_s, y[0]) < 2e-3, "targets in float16"
+        assert call.y_t is None if stage in (1, 4) else apart(call.y_t, y[1]) < 2e-3
+        assert (call.stage, call.contrast, call.gather) == (stage, True, None)
+        with torch.no_grad():
+            sides = [model(*batch(model, x), stage == 2) for x in (english, translations)]
+        want = plain_stage_loss(stage, *sides, call.y_s, call.y_t)
+        assert {k: float(v.detach()) for k, v in terms.items()} == pytest.approx(want, rel=1e-4)
 
-    def spy(k, model, ids, mask, y_s, y_t=None, contrast=True, gather=None):
-        if k == stage and not seen:
-            source = M.load(world / "teacher" if k in (1, 4) else out / "assistant", "float32")
-            before = M.load(out / "stages" / STARTS[k], "float32")
-            texts = [before.tokenizer.decode(row[m].tolist()) for row, m in zip(ids, mask)]
-            seen.update(
-                en=texts[: len(y_s)],
-                tr=texts[len(y_s) :],
-                y_s=y_s,
-                y_t=y_t,
-                contrast=contrast,
-                source=source,
-            )
-            old = before.state_dict()
-            seen["same"] = [
-                n for n, p in model.named_parameters() if n in old and torch.equal(p, old[n])
-            ]
-            seen["all"] = [n for n, _ in model.named_parameters()]
-            raise KeyError("seen")
-        return terms(k, model, ids, mask, y_s, y_t, contrast)
 
-    terms = msd.stage_loss
+def test_train_stage_sees_every_pair_once_a_pass(models, small, monkeypatch):
+    """A pass is all pairs once; the next one, another stage's and another seed's come in another
+    order."""
+    orders = []
+    for seed, stage in ((3, 1), (3, 4), (4, 4)):
+        run = small("--seed", seed, "--epochs", 2, "--batch", 4, name=f"{seed}{stage}")
+        fit = caught_fit(monkeypatch, run, stage, models)
+        calls = caught_losses(monkeypatch)
+        known = texts_of(fit.model, {t for pair in run.pairs[stage] for t in pair})
+        for step in range(fit.steps):
+            fit.loss_at(step)
+        rows = [pair for call in calls for pair in zip(*read_batch(call, known))]
+        half = len(rows) // 2
+        assert sorted(rows[:half]) == sorted(rows[half:]) == sorted(run.pairs[stage])
+        orders += [rows[:half], rows[half:]]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+
+
+def test_train_stage_takes_fewer_than_a_pass(models, small, monkeypatch):
+    """A part of a pass needs targets of its own sentences alone; without contrast there is none."""
+    run = small("--epochs", 0.4, "--batch", 4, "--no-contrast")
+    fit = caught_fit(monkeypatch, run, 4, models)
+    assert fit.steps == 3  # of six batches
+    calls = caught_losses(monkeypatch)
+    terms = [fit.loss_at(step)[0] for step in range(3)]
+    assert [list(t) for t in terms] == [["en", "tr"]] * 3
+    assert not any(call.contrast for call in calls)
+    made = [np.load(f) for f in run.args.cache.glob("vectors-*.npy")]
+    assert 8 < min(map(len, made)) <= 12
+
+
+@pytest.mark.parametrize("stage", [2, 4])
+def test_train_stage_reads_dev_as_it_trains(stage, models, small, monkeypatch):
+    """The mean over dev's batches of the stage's terms, of dev's own pairs, without dropout or
+    gradient; then training goes on with dropout."""
+    run = small()
+    fit = caught_fit(monkeypatch, run, stage, models)
+    dev, calls = some_pairs(9, 3), caught_losses(monkeypatch)
+    known = texts_of(fit.model, {t for pair in dev for t in pair})
+    fit.model.train()
+    got = fit.dev_loss()
+    assert fit.model.training and fit.dev_loss() == got
+    rows = [pair for call in calls for pair in zip(*read_batch(call, known))]
+    assert sorted(rows) == sorted(dev * 2)
+    assert [len(c.y_s) for c in calls] in ([5, 4, 5, 4], [4, 5, 4, 5], [7, 2, 7, 2], [2, 7, 2, 7])
+    model, want = fit.model.eval(), []
+    for call in calls:
+        assert not any(t.requires_grad for t in call.terms.values())
+        with torch.no_grad():
+            sides = [model(*batch(model, x), stage == 2) for x in read_batch(call, known)]
+        want.append(sum(plain_stage_loss(stage, *sides, call.y_s, call.y_t).values()))
+    assert got == pytest.approx(np.mean(want), rel=1e-4)
+
+
+def test_train_stage_reads_a_sample_of_a_large_dev(models, small, monkeypatch, tmp_path):
+    """1,000 pairs from anywhere in it, always the same."""
+    run, many = small("--batch", 100), some_pairs(1300, 4)
+    run.dev = data.build_corpus([pair_file(tmp_path / "in" / "en-fr.tsv", many)], run.args.cache)
+    fit, seen = caught_fit(monkeypatch, run, 4, models), []
+    known = texts_of(fit.model, {t for pair in many for t in pair})
+
+    def spy(stage, model, ids, mask, y_s, *rest):
+        seen.extend(read_batch(SimpleNamespace(ids=ids, mask=mask), known)[0])
+        return {"en": torch.zeros(())}
+
     monkeypatch.setattr(msd, "stage_loss", spy)
-    args = command(world, tmp_path / "run", "--dtype", "float32")[2:]
-    (tmp_path / "run" / "stages").mkdir(parents=True)
-    done = ["assistant"] * (stage > 1) + [f"stages/{STARTS[k]}" for k in range(1, stage + 1)]
-    for name in done:  # the stages before are done
-        (tmp_path / "run" / name).symlink_to(out / name)
-    with pytest.raises(KeyError, match="seen"):
-        train.main(args)
-    assert set(seen["same"]) == set(seen["all"])
-    if stage == 2:  # the SVD start: the assistant's positions, norm and first layers
-        assistant = M.load(out / "assistant", "float32").state_dict()
-        begun = M.load(out / "stages" / STARTS[2], "float32").state_dict()
-        parts = [k for k in begun if not k.startswith(("embeddings.word", "embeddings.project"))]
-        assert parts and all(torch.equal(begun[k], assistant[k]) for k in parts)
-    pairs = dict(line.split("\t") for line in (world / "d" / "en-de.tsv").read_text().splitlines())
-    assert [pairs[e] for e in seen["en"]] == seen["tr"]
-    embed = lambda texts: seen["source"].embed(
-        *seen["source"].tokenize(texts), embeddings_only=stage == 2
-    )
-    assert (seen["y_t"] is None) == (stage in (1, 4))
-    for side, y in (("en", seen["y_s"]), ("tr", seen["y_t"])):
-        gap = 0 if y is None else np.abs(embed(seen[side]) - y.numpy()).max()
-        assert gap < 2e-3, f"targets cached in float16 differ by {gap}"
+    fit.dev_loss()
+    first = {a for a, _ in many[:1000]}
+    assert len(seen) == len(set(seen)) == 1000 and len(first - set(seen)) > 100
+    again, seen[:] = list(seen), []
+    fit.dev_loss()
+    assert seen == again
+
+
+def test_train_stage_trains_what_the_stage_is_about(models, small, monkeypatch):
+    """Stage 2 the embedding block alone, the others everything; from the model in `start`, with the
+    run's dropout and length; what fit leaves is saved, and made once."""
+    run = small("--max-tokens", 11)
+    for stage in msd.STAGES:
+        fit = caught_fit(monkeypatch, run, stage, models)
+        moved = {k for k, q in fit.model.named_parameters() if q.requires_grad}
+        named = dict(fit.model.named_parameters())
+        assert moved == {k for k in named if stage != 2 or k.startswith("embeddings.")}
+        start = M.load(models["student"], "float32").state_dict()
+        assert all(torch.equal(q, start[k]) for k, q in named.items())
+        c = fit.model.config
+        assert (c.dropout, c.max_seq_length, fit.model.training) == (0.1, 11, True)
+        assert fit.run is run and callable(fit.dev_loss)
+    run = small(name="other")
+    run.dev = None
+
+    def fit(run, name, model, steps, lr, loss_at, dev_loss):
+        assert dev_loss is None
+        model.embeddings.norm.bias.data.fill_(3)
+
+    monkeypatch.setattr(train, "fit", fit)
+    out = run.out / "made"
+    assert train.train_stage(run, 4, models, models["student"], out) == out
+    assert (M.load(out).embeddings.norm.bias == 3).all()
+    monkeypatch.setattr(train, "fit", None)  # it is there: not again
+    assert train.train_stage(run, 4, models, models["student"], out) == out
+
+
+def test_mean_loss_is_without_dropout_and_gradient():
+    toy, seen = Toy(), []
+
+    def loss_at(step):
+        seen.append((step, toy.training, torch.is_grad_enabled()))
+        return {"a": torch.tensor(float(step)), "b": torch.tensor(1.0)}, 9
+
+    assert train.mean_loss(toy, loss_at, 4) == pytest.approx(2.5)
+    assert seen == [(step, False, False) for step in range(4)] and toy.training
+
+
+def test_stage_pairs_by_file_and_line(models, small):
+    """--extra for stages 2 and 3 alone; --max-lines of each file, by stage, counted from 1."""
+    run = small("--max-lines", "21,5,99,1")
+    assert [len(train.stage_pairs(run, k)) for k in msd.STAGES] == [21, 10, 29, 1]
+    texts = [tuple(run.corpus.texts(p)) for p in train.stage_pairs(run, 2)]
+    assert texts == run.pairs[1][:5] + run.pairs[2][21:26]
+    assert [tuple(run.corpus.texts(p)) for p in train.stage_pairs(run, 4)] == run.pairs[1][:1]
+
+
+PIPELINES = {  # flags: what each stage starts from, by the folder's name
+    "": {1: "assistant-start", 2: "student-start", 3: "stage2", 4: "stage3"},
+    "--stages 2-4 --assistant GIVEN": {2: "student-start", 3: "stage2", 4: "stage3"},
+    "--stages 1,4": {1: "assistant-start", 4: "student-start"},
+    "--bottleneck 0": {1: "assistant-start", 3: "student-start", 4: "stage3"},
+    "--assistant GIVEN --keep-vocab 90": {1: "assistant-start", 2: "student-start"},
+    "--assistant GIVEN --keep-vocab 90 --stages 2-4": {2: "student-start"},
+}
+
+
+@pytest.mark.parametrize("flags", PIPELINES)
+def test_pipeline_hands_each_stage_its_start(flags, models, small, monkeypatch):
+    """The paper's figure: what each stage starts from, whose targets it may take, what the table
+    is made of. Nothing is trained."""
+    given = flags.replace("GIVEN", str(models["assistant"])).split()
+    run, seen, table = small("--teacher", models["teacher"], *given), {}, {}
+    cut = "--keep-vocab" in flags
+    for name in ("read_inputs", "write_run_json", "look_at_teacher"):
+        monkeypatch.setattr(train, name, lambda *a: None)
+    makers = {"start_assistant": [], "start_cut_assistant": [], "start_student": []}
+    for name, calls in makers.items():
+        monkeypatch.setattr(train, name, lambda run, *a, calls=calls: calls.append(a))
+    monkeypatch.setattr(run, "build", lambda folder, make: (make(), folder)[1])
+
+    def stage(run, k, known, start, folder):
+        seen[k] = start.name, folder, dict(known)
+        return folder
+
+    monkeypatch.setattr(train, "train_stage", stage)
+    monkeypatch.setattr(train, "finish", lambda run, models: table.update(models))
+    train.pipeline(run)
+    assert {k: v[0] for k, v in seen.items()} == {
+        **{k: v for k, v in PIPELINES[""].items() if k in seen},
+        **PIPELINES[flags],
+    }
+    assert list(seen) == run.args.stages
+    last = max(seen)
+    for k, (_, folder, known) in seen.items():
+        own = run.out / "assistant" if k == 1 else run.out / "stages" / f"stage{k}"
+        assert folder == (run.out / "student" if k == last > 1 else own)
+        assert known["teacher"] == models["teacher"]
+    trained = 1 in seen or cut
+    assistant = run.out / "assistant" if trained else models["assistant"]
+    assert all(v[2]["assistant"] == assistant for k, v in seen.items() if k > 1)
+    assert makers["start_student"] == [(assistant,)]
+    assert len(makers["start_assistant"]) == ("--assistant" not in flags)
+    assert len(makers["start_cut_assistant"]) == cut
+    rows = ["teacher", *["assistant, given"] * cut, *["assistant, untrained"] * (1 in seen)]
+    rows += ["assistant", "student, untrained", *(f"student, stage {k}" for k in seen if k > 1)]
+    assert sorted(table) == sorted(rows)
+    assert table[f"student, stage {last}"] == run.out / "student"
+    assert table["assistant"] == assistant
+
+
+def test_start_student_gives_make_student_what_was_asked(models, small, monkeypatch):
+    """Sizes, start and seed of the command; how often the text uses each piece of the assistant."""
+    given = {}
+    run = small("--layers", "2,4", "--recurrence", 3, "--bottleneck", 9, "--init", "paper")
+    names = ("assistant", "B", "layers", "R", "init", "seed", "counts")
+    monkeypatch.setattr(msd, "make_student", lambda *a: given.update(zip(names, a)))
+    train.start_student(run, models["assistant"])
+    assistant = M.load(models["assistant"], "float32")
+    want = np.zeros(assistant.config.vocab_size, int)
+    for text in {t for pair in run.pairs[2] for t in pair}:
+        for i in assistant.tokenize([text])[0]:
+            want[i] += 1
+    # A sentence that is there twice is counted once.
+    assert given.pop("counts").tolist() == want.tolist()
+    made = given.pop("assistant").state_dict()
+    assert all(torch.equal(v, made[k]) for k, v in assistant.state_dict().items())
+    assert given == {"B": 9, "layers": (2, 4), "R": 3, "init": "paper", "seed": 3}
 
 
 # ------------------------------------------------------------------ train: several processes, a GPU
@@ -1685,50 +1855,99 @@ def torchrun(args, n=2):
     ]
 
 
-def test_two_processes_give_the_gradients_of_one(world, finished, tmp_path):
-    """The gradients of two processes are those of one, in every stage and every batch of a pass.
+@pytest.mark.parametrize("n, world", [(7, 2), (8, 2), (5, 3), (1, 2), (2, 4)])
+def test_share_of_gives_the_gradients_of_the_whole_batch(n, world, monkeypatch):
+    """Each process takes every world-th row. Gathered, all see the vectors of all rows; the mean of
+    their gradients is that of one process with all of the batch, for every loss and every row."""
+    table, y_s = random64(n, 7), random64(n, 7, seed=1)
+    loss = lambda x: msd.mse(x, y_s) + msd.contrastive(x, 2 * x.flip(1), y_s)
+    whole = table.clone().requires_grad_()
+    loss(whole).backward()
+    shares, taken, mean = [], [], torch.zeros_like(table)
+    for rank in range(world):
+        shares.append(train.share_of(a_share(rank, world), n))
+    for rank, (rows, gather) in enumerate(shares):
+        assert len(rows) > 0  # an empty share takes a row that does not count
+        taken += [i for i in rows if i % world == rank]
+        others = [table[r] for k, (r, _) in enumerate(shares) if k != rank]
 
-    The last batch has one pair and leaves a process without any. The loss terms are the same, too,
-    the contrastive one over all pairs of the batch, and so is the dev loss of a single batch.
-    """
-    dev = write(
-        tmp_path / "en-de.tsv", "".join(f"{w} red\tder {w}\n" for w in ("old", "new", "big"))
-    )
-    file = script(
-        tmp_path / "gradients.py",
-        """
-def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
-    for step in range(8):
-        model.zero_grad()
-        terms = loss_at(step)[0]
-        sum(terms.values()).backward()
-        if run.rank == 0:
-            named = model.named_parameters()
-            grads = {k: q.grad for k, q in named if q.grad is not None}
-            M.write_safetensors(run.out / f"{name[-1]}-{step}", {**terms, **grads})
-    if run.rank == 0:
-        M.write_safetensors(run.out / f"{name[-1]}-dev", {"dev": train.torch.tensor(dev_loss())})
-    else:
-        dev_loss()
-    return model
-train.fit = fit
-""",
-    )
-    for out, launch in (("one", lambda a: a), ("two", torchrun)):
-        more = "--batch 17 --dropout 0 --dtype float32 --device cpu --dev".split()
-        args = command(world, tmp_path / out, *more, dev, script=file)
-        done = run(launch(args))
-        assert done.returncode == 0, done.stderr
-    seen = 0
-    for one in sorted((tmp_path / "one").glob("[1-4]-*")):
-        a, b = M.read_safetensors(one)[0], M.read_safetensors(tmp_path / "two" / one.name)[0]
-        assert set(a) == set(b) and (one.name[0] != "4" or "dev" in one.name or "mcl" in a)
-        for k in a:
-            assert torch.allclose(
-                a[k], b[k], rtol=1e-4, atol=1e-5 * float(a[k].abs().max()) + 1e-9
-            ), (one.name, k)
-        seen += len(a)
-    assert seen > 4 * 8 * 10
+        def all_reduce(total, rank=rank):  # what the other processes add
+            for k in range(world):
+                if k != rank:
+                    total[k::world] += table[k::world]
+
+        monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
+        own = table.clone().requires_grad_()
+        got = gather(own[torch.from_numpy(rows)])
+        assert torch.equal(got, table) and len(others) == world - 1
+        loss(got).backward()
+        mean += own.grad / world
+        with torch.no_grad():
+            assert torch.equal(gather(table[torch.from_numpy(rows)]), table)
+    assert sorted(taken) == list(range(n))
+    assert torch.allclose(mean, whole.grad, rtol=1e-10)
+    assert train.share_of(a_share(0, 1), n) == (slice(None), None)
+
+
+def a_share(rank, world):
+    return SimpleNamespace(rank=rank, world=world, args=SimpleNamespace(device="cpu"))
+
+
+def in_processes(n, work):
+    """Call work() in n processes that find each other as torchrun's do."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+
+    def begin(rank):
+        place = {"WORLD_SIZE": n, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {k: str(v) for k, v in place.items()}
+        work()
+
+    processes = [fork.Process(target=begin, args=(rank,)) for rank in range(n)]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join()
+    assert [p.exitcode for p in processes] == [0] * n
+
+
+def test_train_stage_in_two_processes_gives_the_gradients_of_one(models, small, monkeypatch):
+    """In every stage and batch of a pass, of the loss terms, too, and of the dev loss. The last
+    batch has one pair and leaves a process without any."""
+
+    def fit(run, name, model, steps, lr, loss_at, dev_loss):
+        seen = {"dev": torch.tensor(dev_loss())}
+        for step in range(steps):
+            model.zero_grad()
+            terms = loss_at(step)[0]
+            sum(terms.values()).backward()
+            grads = {k: q.grad.clone() for k, q in model.named_parameters() if q.grad is not None}
+            seen |= {f"{step} {k}": v.detach() for k, v in {**terms, **grads}.items()}
+        M.write_safetensors(run.out / f"{name} {run.rank}", seen)
+
+    monkeypatch.setattr(train, "fit", fit)
+    flags = "--epochs 1 --batch 4,4,4,5 --dropout 0 --teacher".split()
+    names = "one", "two"
+
+    def stages(name):
+        run = small(*flags, models["teacher"], name=name)
+        for k in msd.STAGES:
+            train.train_stage(run, k, models, models["student"], run.out / f"after{k}")
+        return run.out
+
+    one = stages("one")
+    in_processes(2, lambda: stages("two"))
+    assert names and len(list(one.glob("stage*"))) == 4
+    for file in one.glob("stage*"):
+        want = M.read_safetensors(file)[0]
+        for rank in (0, 1):
+            got = M.read_safetensors(one.parent / "two" / f"{file.name[:-1]}{rank}")[0]
+            assert set(got) == set(want) and len(want) > 50
+            for k, v in want.items():
+                near = {"rtol": 1e-4, "atol": 1e-5 * float(v.abs().max()) + 1e-9}
+                assert torch.allclose(got[k], v, **near), (file.name, k)
 
 
 # --------------------------------------------------------------------- train: evaluation, the table
