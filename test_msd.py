@@ -1,6 +1,8 @@
 """Tests: hermetic and quick.
 
-Those that compare with outside numbers skip, with a reason, where those are absent.
+Those that compare with outside numbers skip, with a reason, where those are absent. Here: the
+losses, how models begin, the encoder, text, evaluation, a run. tests/test_training.py: the loop and
+what each stage gets. audit/: what would happen if a line of the method were wrong.
 
 python -m pytest -q: these, and those in tests/
 """
@@ -10,17 +12,14 @@ import functools
 import gzip
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,6 +122,16 @@ def tsv(folder, n=120):
     return folder
 
 
+def pad_at(tokenizer, row):
+    """The same tokenizer with its pad token at another id than 1."""
+    raw = json.loads(tokenizer.to_str())
+    vocab = raw["model"]["vocab"]
+    other = next(piece for piece, i in vocab.items() if i == row)
+    vocab["<pad>"], vocab[other] = row, 1
+    next(t for t in raw["added_tokens"] if t["content"] == "<pad>")["id"] = row
+    return tokenizers.Tokenizer.from_str(json.dumps(raw))
+
+
 TEMPORARY = tempfile.TemporaryDirectory()  # of the fixtures; goes with the process
 
 
@@ -167,112 +176,31 @@ def run_here(capsys, args):
     return capsys.readouterr().out
 
 
+def script(path, body):
+    return write(
+        path,
+        f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport model as M, train\n"
+        f"{body}\nM.run_cli(train.main)\n",
+    )
+
+
+def torchrun(args, n=2):
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={n}",
+        *args[1:],
+    ]
+
+
 @pytest.fixture(scope="session")
 @functools.cache
 def finished(world):
     done = run(command(world, world / "whole", "--keep"))
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-# ------------------------------------------------------------------- fixtures that can tell a stage
-def pad_at(tokenizer, row):
-    """The same tokenizer with its pad token at another id than 1."""
-    raw = json.loads(tokenizer.to_str())
-    vocab = raw["model"]["vocab"]
-    other = next(piece for piece, i in vocab.items() if i == row)
-    vocab["<pad>"], vocab[other] = row, 1
-    next(t for t in raw["added_tokens"] if t["content"] == "<pad>")["id"] = row
-    return tokenizers.Tokenizer.from_str(json.dumps(raw))
-
-
-def some_pairs(n, seed):
-    """n distinct English sentences of 1 to 7 words, and translations of other lengths."""
-    words = "red blue green old new small big fast slow warm".split()
-    rng, rows = random.Random(seed), {}
-    while len(rows) < n:
-        one, two = (" ".join(rng.choices(words, k=rng.randint(1, 7))) for _ in range(2))
-        rows[one] = two[::-1]
-    return list(rows.items())
-
-
-def pair_file(path, pairs):
-    return write(path, "".join(f"{a}\t{b}\n" for a, b in pairs))
-
-
-STAGE = {"batch": (4, 5, 6, 7), "lr": (1e-3, 2e-3, 3e-3, 4e-3), "epochs": (2, 1.5, 1, 2.5)}
-
-
-@pytest.fixture(scope="session")
-def models(tokenizer, tmp_path_factory):
-    """{name: folder}: a teacher, an assistant with a pad id of its own, and its student."""
-    root = tmp_path_factory.mktemp("models")
-    own = {"model_type": "roberta", "pad_token_id": 7}
-    assistant = tiny(pad_at(tokenizer, 7), seed=5, std=0.2, **own)
-    made = {"teacher": tiny(tokenizer, seed=6, std=0.2, pooling="cls"), "assistant": assistant}
-    made["student"] = msd.make_student(assistant, 8, (1, 2), 2)
-    for name, model in made.items():
-        model.save(root / name)
-    return {name: root / name for name in made}
-
-
-@pytest.fixture
-def small(tmp_path):
-    """run(*flags): a run of 21 pairs, 8 more for stages 2 and 3, and 9 of dev, ready for a stage.
-    An English sentence has two translations; all that a stage may have of its own differs."""
-    pairs, extra = some_pairs(20, 1), some_pairs(8, 2)
-    pairs.append((pairs[3][0], pairs[4][1]))
-    files = [pair_file(tmp_path / "in" / "en-de.tsv", pairs)]
-    more = [pair_file(tmp_path / "in" / "en-tr.tsv", extra)]
-    dev = [pair_file(tmp_path / "in" / "dev" / "en-de.tsv", some_pairs(9, 3))]
-
-    def run(*flags, name="run"):
-        each = [x for k, v in STAGE.items() for x in (f"--{k}", ",".join(map(str, v)))]
-        usual = "--teacher T --train x --dtype float32 --device cpu --seed 3 --dropout 0.1".split()
-        args = train.parse(["--out", str(tmp_path / name), *usual, *each, *map(str, flags)])
-        args.cache = tmp_path / "cache"
-        args.out.mkdir(exist_ok=True)
-        made = train.Run(args)
-        made.sts, made.corpus = {}, data.build_corpus(files, args.cache, more)
-        made.dev = data.build_corpus(dev, args.cache)
-        made.pairs = {k: pairs + extra * (k in (2, 3)) for k in msd.STAGES}
-        return made
-
-    return run
-
-
-def caught_fit(monkeypatch, run, stage, models, start="student"):
-    """What train_stage gives to fit: its arguments by name; nothing is trained."""
-    given = []
-    monkeypatch.setattr(train, "fit", lambda *a: given.append(a))
-    train.train_stage(run, stage, models, models[start], run.out / f"after{stage}")
-    names = ("run", "name", "model", "steps", "lr", "loss_at", "dev_loss")
-    return SimpleNamespace(**dict(zip(names, given[0])))
-
-
-def caught_losses(monkeypatch):
-    """A list to which each call of msd.stage_loss adds its arguments and its terms."""
-    calls, real = [], msd.stage_loss
-
-    def spy(stage, model, ids, mask, y_s, y_t=None, contrast=True, gather=None):
-        terms = real(stage, model, ids, mask, y_s, y_t, contrast, gather)
-        call = dict(stage=stage, model=model, ids=ids, mask=mask, y_s=y_s, y_t=y_t)
-        calls.append(SimpleNamespace(**call, contrast=contrast, gather=gather, terms=terms))
-        return terms
-
-    monkeypatch.setattr(msd, "stage_loss", spy)
-    return calls
-
-
-def texts_of(model, sentences):
-    """{ids of a sentence: the sentence}, to read a batch by."""
-    return {tuple(model.tokenize([t])[0].tolist()): t for t in sentences}
-
-
-def read_batch(call, known):
-    """The sentences of a batch that stage_loss was given: (English, translations)."""
-    rows = [known[tuple(row[m].tolist())] for row, m in zip(call.ids, call.mask)]
-    return rows[: len(rows) // 2], rows[len(rows) // 2 :]
 
 
 # ---------------------------------------------------------------------- msd: the losses, the stages
@@ -392,7 +320,7 @@ def test_stages_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize("kind", PARITY)
-def test_parity_with_the_authors(kind, tmp_path):
+def test_stage_loss_equals_the_authors(kind, tmp_path):
     """Embeddings, every loss term and every gradient of the authors' code, through this project's
     public functions."""
     root = SHARED / "parity" / kind
@@ -461,107 +389,209 @@ def losses_and_gradients_are(want, stage, key, m, source, both, pad_row_frozen):
             assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), (key, name)
 
 
-def test_presets_and_schedule():
-    """The authors' configuration, literally, but the bottleneck's start; warm-up over 10 % of the
-    steps, then linear to 0."""
-    for name, sizes, lr, batches in (
-        ("xlmr", (128, (1, 2, 3), 4), (16e-5, 16e-5, 8e-5, 16e-5), (64, 128, 64, 64)),
-        ("minilm", (128, (1, 2, 3, 4, 5, 6), 2), (16e-5,) * 4, (64, 256, 64, 64)),
-    ):
-        p = msd.PRESETS[name]
-        assert (
-            (p.bottleneck, p.layers, p.recurrence) == sizes
-            and p.lr == lr
-            and p.batch == batches
-            and p.epochs == (20, 10, 10, 60)
-        )
-        assert (
-            p.init == "text"
-            and (p.max_tokens, p.max_chars, msd.WEIGHT_DECAY, msd.CLIP, msd.WARMUP)
-            == (128, 250, 0.01, 1.0, 0.1)
-            and p.max_lines == (500_000, 300_000, 300_000, 500_000)
-        )
+def test_presets_are_the_papers():
+    """The authors' configuration, literally, but the bottleneck's start."""
+    xlmr, minilm, demo_ = (vars(msd.PRESETS[k]) for k in ("xlmr", "minilm", "demo"))
+    usual = {
+        "epochs": (20, 10, 10, 60),
+        "max_lines": (500_000, 300_000, 300_000, 500_000),
+        "init": "text",
+        "dropout": 0.1,
+        "max_tokens": 128,
+        "max_chars": 250,
+        "vocab": 32_000,
+        "bottleneck": 128,
+    }
+    assert xlmr == usual | {
+        "layers": (1, 2, 3),
+        "recurrence": 4,
+        "lr": (16e-5, 16e-5, 8e-5, 16e-5),
+        "batch": (64, 128, 64, 64),
+    }
+    assert minilm == usual | {
+        "layers": (1, 2, 3, 4, 5, 6),
+        "recurrence": 2,
+        "lr": (16e-5,) * 4,
+        "batch": (64, 256, 64, 64),
+    }
+    assert len(demo_["layers"]) * demo_["recurrence"] == 4 and demo_["bottleneck"] == 12
+    assert (msd.WARMUP, msd.WEIGHT_DECAY, msd.ADAM_EPS, msd.CLIP) == (0.1, 0.01, 1e-6, 1.0)
     for p in msd.PRESETS.values():  # a fifth stage is a fifth value everywhere
         schedule = (p.lr, p.batch, p.epochs, p.max_lines)
         assert [len(values) for values in schedule] == [len(msd.STAGES)] * 4
-    data_flags = ["--train", "x", "--teacher", "y"]
-    assert train.parse(["--preset", "xlmr", "--bottleneck", "0", *data_flags]).lr == (16e-5,) * 4
-    rates = [train.rate_at(s, 100) for s in range(100)]
-    assert (
-        rates[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11])
-        and rates[10] == 1
-        and rates[55] == 0.5
-        and rates[99] == pytest.approx(1 / 90)
-    )
+
+
+def test_parse_fills_in_the_preset():
+    flags = ["--train", "x", "--teacher", "y"]
+    for name, p in msd.PRESETS.items():
+        args = train.parse(["--preset", name, *flags])
+        assert {k: getattr(args, k) for k in vars(p)} == vars(p)
+        assert (args.stages, args.seed, args.no_contrast) == ([1, 2, 3, 4], 0, False)
+    assert train.parse(flags).preset == "minilm" and train.parse([]).preset == "demo"
+    given = "--lr 1,2,3,4 --batch 7 --epochs 0.5 --layers 2,4 --recurrence 5 --dropout 0".split()
+    args = train.parse(["--preset", "xlmr", *flags, *given])
+    assert (args.lr, args.batch, args.epochs) == ((1, 2, 3, 4), (7,) * 4, (0.5,) * 4)
+    assert (args.layers, args.recurrence, args.dropout) == ((2, 4), 5, 0)
+    full = train.parse(["--preset", "xlmr", "--bottleneck", "0", *flags])
+    assert (full.stages, full.lr) == ([1, 3, 4], (16e-5,) * 4)  # only with one is stage 3's halved
+    own = ["--preset", "xlmr", "--bottleneck", "0", "--lr", "1,2,3,4", *flags]
+    assert train.parse(own).lr == (1, 2, 3, 4)
 
 
 # -------------------------------------------------------- msd: how a student and an assistant begin
-def test_student_start(tokenizer):
-    A = tiny(tokenizer)
-    S = msd.make_student(A, 8, (1, 2), 3)
-    assert (S.config.bottleneck_size, S.config.num_hidden_layers, S.config.recurrence) == (8, 2, 3)
-    for l in range(2):
-        assert all(
-            torch.equal(a, b) for a, b in zip(S.layers[l].parameters(), A.layers[l].parameters())
-        )
-    E = A.embeddings.word.weight.detach()
-    U, s, Vt = torch.linalg.svd(E, full_matrices=False)
-    ours = (S.embeddings.word.weight @ S.embeddings.project.weight.T - E).norm()
-    assert ours.item() == pytest.approx(
-        float(s[8:].norm()), rel=1e-4
-    )  # Eckart-Young: nothing is closer
-    counts = 10000 // np.arange(1, len(E) + 1)
-    W, root = (
-        msd.make_student(A, 8, (1, 2), 3, counts=counts),
-        torch.tensor(counts)[:, None] ** (3 / 8),
+def same(one, two):
+    """Have two modules the same weights, to the bit?"""
+    a, b = one.state_dict(), two.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_init_weights_by_hand(tokenizer):
+    """Normal(0, std) in matrices and tables, from the generator alone; LayerNorm at identity,
+    biases and the pad row at 0."""
+    new = lambda seed, *std: msd.init_weights(
+        M.Encoder(tiny(tokenizer, pad_token_id=7).config, tokenizer),
+        torch.Generator().manual_seed(seed),
+        *std,
     )
-    tail = torch.linalg.svdvals(root * E)[8:].norm()  # the same, rows weighted by count ** 3/4
-    assert (
-        root * (W.embeddings.word.weight @ W.embeddings.project.weight.T - E)
-    ).norm().item() == pytest.approx(float(tail), rel=1e-4)
-    assert (
-        root * (S.embeddings.word.weight @ S.embeddings.project.weight.T - E)
-    ).norm() > 1.01 * tail
-    for part in ("position", "token_type", "norm"):
-        assert torch.equal(getattr(S.embeddings, part).weight, getattr(A.embeddings, part).weight)
-    noise = msd.make_student(A, 8, (1, 2), 3, init="paper")
-    assert not torch.equal(
-        noise.embeddings.position.weight, A.embeddings.position.weight
-    ) and torch.all(noise.embeddings.norm.weight == 1)
+    m, count = new(0), 0
+    for name, p in m.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif "norm" in name:
+            assert (p == 1).all(), name
+        elif p.numel() > 1000:
+            assert 0.018 < p.std() < 0.022 and abs(p.mean()) < 0.003, name
+            count += 1
+    assert count == 18
+    assert not m.embeddings.word.weight[7].any() and m.embeddings.word.weight[1].any()
+    torch.manual_seed(5)
+    assert same(m, new(0)) and not same(m, new(1))
+    assert 0.27 < new(0, 0.3).layers[0].up.weight.std() < 0.33
+
+
+def test_make_student_copies_its_layers(tokenizer):
+    """In the paper the first K, else those by number, from 1; whatever the start; and the Dense
+    module. A run of the layers is that of the assistant's."""
+    A = tiny(tokenizer, dense=((24, "tanh", True),), type_vocab_size=2, hidden_act="relu")
+    for layers in ((1, 2), (1, 4), (4, 2), (3,)):
+        for how in ({}, {"init": "paper"}, {"B": 0}):
+            S = msd.make_student(A, **{"B": 8, "layers": layers, "R": 3, **how})
+            want = replace(A.config, num_hidden_layers=len(layers), recurrence=3)
+            assert S.config == replace(want, bottleneck_size=how.get("B", 8))
+            assert all(
+                same(mine, A.layers[k - 1]) for mine, k in zip(S.layers, layers, strict=True)
+            )
+            assert same(S.dense, A.dense) and S.tokenizer is A.tokenizer
     full = msd.make_student(A, 0, (1, 2, 3, 4), 1)
-    assert np.abs(full.encode(TEXTS) - A.encode(TEXTS)).max() < 1e-6
-    chosen = msd.make_student(A, 8, (1, 4), 3)  # not the paper's: which layers, by number
-    for mine, k in zip(chosen.layers, (0, 3), strict=True):
-        assert all(map(torch.equal, mine.parameters(), A.layers[k].parameters()))
-    for bad in ((8, (1, 5), 1), (32, (1,), 1), (8, (), 1), (8, (0,), 1), (8, (1, 2), 0)):
-        with pytest.raises(M.InputError):
-            msd.make_student(A, *bad)
+    assert same(full, A) and np.array_equal(full.encode(TEXTS), A.encode(TEXTS))
+    full.layers[0].up.weight.data.fill_(0)  # copied, not shared
+    assert A.layers[0].up.weight.any()
+
+
+def test_make_student_starts_the_bottleneck_from_the_table(tokenizer):
+    """Nothing of rank B is closer to the assistant's word table, rows weighted by count ** 3/4, or
+    alike without counts; the map's columns are orthonormal; all else of the block is copied."""
+    A = tiny(tokenizer)
+    E = A.embeddings.word.weight.detach()
+    counts = 10000 // np.arange(1, len(E) + 1)
+    table = lambda S: S.embeddings.word.weight @ S.embeddings.project.weight.T
+    for given, weight in ((None, np.ones(len(E))), (counts, counts**0.75)):
+        S = msd.make_student(A, 8, (1, 2), 3, counts=given)
+        root = torch.tensor(weight**0.5, dtype=torch.float32)[:, None]
+        tail = torch.linalg.svdvals(root * E)[8:].norm()  # Eckart and Young
+        gap = (root * (table(S) - E)).norm()
+        assert float(gap.detach()) == pytest.approx(float(tail), rel=1e-4)
+        P = S.embeddings.project.weight.detach()
+        assert torch.allclose(P.T @ P, torch.eye(8), atol=1e-5)
+        for part in ("position", "token_type", "norm"):
+            assert same(getattr(S.embeddings, part), getattr(A.embeddings, part))
+    plain = msd.make_student(A, 8, (1, 2), 3)
+    assert (root * (table(plain) - E)).norm() > 1.01 * tail
+
+
+def test_make_student_starts_from_noise_as_the_paper(tokenizer):
+    """The whole embedding block, by the seed alone; never the layers."""
+    A = tiny(tokenizer)
+    one, two, other = (msd.make_student(A, 8, (1, 2), 3, "paper", seed) for seed in (4, 4, 5))
+    assert same(one, two) and not same(one, other)
+    e = one.embeddings
+    for part in (e.word, e.project, e.position):
+        assert 0.017 < part.weight.std() < 0.023
+    assert not torch.equal(e.token_type.weight, A.embeddings.token_type.weight)
+    assert (e.norm.weight == 1).all() and not e.norm.bias.any() and not e.word.weight[1].any()
+    full = msd.make_student(A, 0, (1, 2), 3, "paper")  # without a bottleneck there is no noise
+    assert same(full.embeddings, A.embeddings)
+
+
+def test_check_sizes_at_their_bounds(tokenizer):
+    c = tiny(tokenizer).config
+    for good in ((8, (1, 4), 1), (31, (1,), 1), (0, (4,), 9)):
+        msd.check_sizes(c, *good)
+    with_one = replace(c, bottleneck_size=8)
+    bad = (
+        (c, 8, (1, 5), 1, "--layers 5: expected 1 to 4"),
+        (c, 8, (0, 1), 1, "--layers 1: expected 1 to 4"),
+        (c, 8, (), 1, "--layers 0: expected 1 to 4"),
+        (
+            c,
+            32,
+            (1,),
+            1,
+            "--bottleneck 32: expected 0, for none, or up to 31, as hidden_size is 32",
+        ),
+        (c, -1, (1,), 1, "--bottleneck -1: expected"),
+        (c, 8, (1, 2), 0, "--recurrence 0: expected 1 or more"),
+        (with_one, 8, (1,), 1, "the assistant has a bottleneck itself"),
+    )
+    for *given, message in bad:
+        with pytest.raises(M.InputError, match=message):
+            msd.check_sizes(*given)
+
+
+def test_principal_directions_of_a_damaged_table():
+    with pytest.raises(M.InputError, match="word table is damaged: it is not finite"):
+        msd.principal_directions(torch.full((9, 4), math.nan), 2)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
-def test_new_vocabulary_starts_from_the_teachers_pieces(tokenizer, model_type):
-    T = tiny(tokenizer, model_type=model_type)
-    new = data.train_tokenizer(
-        ["a man reads a book", "ein Mann liest ein Buch"] * 3, 120, lower_case=True
-    )
+def test_make_assistant_starts_pieces_from_the_teachers(tokenizer, model_type):
+    """Each at the mean of the teacher's pieces for its text, with the space before it; special
+    tokens at the teacher's, the pad row at 0; the body is the teacher's."""
+    T = tiny(tokenizer, model_type=model_type, normalize=True, prompt="query: ")
+    texts = ["a man reads a book", "ein Mann liest ein Buch", "Q"] * 3
+    new = data.train_tokenizer(texts, 120, lower_case=False)
     A = msd.make_assistant(T, new)
-    piece = next(
-        p
-        for p in new.get_vocab()
-        if p.startswith("▁") and len(T.tokenizer.encode(p[1:], add_special_tokens=False).ids) > 1
-    )
-    ids = T.tokenizer.encode(piece[1:], add_special_tokens=False).ids
-    assert torch.allclose(
-        A.embeddings.word.weight[new.token_to_id(piece)],
-        T.embeddings.word.weight[ids].mean(0),
-        atol=1e-6,
-    )
-    assert torch.equal(A.embeddings.word.weight[1], torch.zeros(32))
-    assert torch.equal(A.embeddings.position.weight, T.embeddings.position.weight)
-    assert A.config.first_position == T.config.first_position  # read where the teacher read them
+    rows, word = A.embeddings.word.weight, T.embeddings.word.weight
+    several = 0
+    for piece, i in new.get_vocab().items():
+        if piece in data.SPECIAL:
+            continue
+        text = piece.replace("▁", " ")
+        ids = T.tokenizer.encode(text, add_special_tokens=False).ids
+        several += len(ids) > 1
+        want = word[ids].mean(0) if ids else word.mean(0)
+        assert torch.allclose(rows[i], want, atol=1e-6), piece
+    assert several > 10
+    start, *_, end = T.tokenizer.encode("").ids
+    for name, i in (("<s>", start), ("</s>", end), ("<unk>", 3)):
+        assert torch.equal(rows[new.token_to_id(name)], word[i])
+    assert torch.equal(rows[1], torch.zeros(32))
+    for part in ("position", "token_type", "norm"):
+        assert same(getattr(A.embeddings, part), getattr(T.embeddings, part))
+    assert same(A.layers, T.layers)
+    usual = {"vocab_size": new.get_vocab_size(), "normalize": False, "prompt": ""}
+    assert A.config == replace(T.config, **usual)  # and so positions are read where T reads them
 
 
-def test_word_alignment_against_loops():
+def test_make_assistant_refuses_to_move_what_counts_positions(tokenizer):
+    T = tiny(pad_at(tokenizer, 7), model_type="roberta", pad_token_id=7)
+    with pytest.raises(M.InputError, match="the pad token would move from id 7 to 1, and with it"):
+        msd.make_assistant(T, tokenizer)
+    bert = msd.make_assistant(tiny(pad_at(tokenizer, 7), pad_token_id=7), tokenizer)
+    assert bert.config.pad_token_id == 1 and not bert.embeddings.word.weight[1].any()
+
+
+def test_align_against_loops():
     """IBM Model 1 as in a textbook: t(f | e) from dictionaries, one link at a time."""
     english, foreign = [[7, 8], [7, 9], [9], [8, 8, 7]], [[1, 2], [1, 3], [3, 3], [2, 1]]
     t = {(f, e): 1.0 for es, fs in zip(english, foreign) for e in es for f in fs}
@@ -581,12 +611,16 @@ def test_word_alignment_against_loops():
     f, e, n = msd.align(*flat(english), *flat(foreign))
     assert {(int(a), int(b)): pytest.approx(c) for a, b, c in zip(f, e, n)} == count
     assert count[1, 7] > 2 * count[1, 9] and n.sum() == pytest.approx(sum(map(len, foreign)))
-    short = msd.align(*flat(english), *flat(foreign), longest=4)  # the last pair has six links
-    assert short[2].sum() == pytest.approx(6)
+    for longest, tokens in ((6, 8), (5, 6), (4, 6), (3, 2)):  # the pairs have 4, 4, 2 and 6 links
+        assert msd.align(*flat(english), *flat(foreign), longest=longest)[2].sum() == pytest.approx(
+            tokens
+        )
+    many = [[7] * 10], [[1] * 20], [[1] * 21]  # 200 links count, 210 do not
+    assert [len(msd.align(*flat(many[0]), *flat(f))[0]) for f in many[1:]] == [1, 0]
     assert all(len(x) == 0 for x in msd.align(*flat([]), *flat([])))
 
 
-def test_new_vocabulary_learns_translations(tokenizer):
+def test_make_assistant_learns_translations(tokenizer):
     """A word of another language starts at the row of the English word it stands for, one of both
     at the mean of the two."""
     T = tiny(tokenizer)
@@ -626,7 +660,7 @@ def test_new_vocabulary_learns_translations(tokenizer):
 
 
 # ------------------------------------------------------------------------ model: files, safetensors
-def test_safetensors_golden_bytes(tmp_path):
+def test_write_safetensors_golden_bytes(tmp_path):
     file = tmp_path / "x.safetensors"
     M.write_safetensors(
         file,
@@ -658,32 +692,26 @@ def test_safetensors_golden_bytes(tmp_path):
 
 
 # ------------------------------------------------------------------------------- model: the encoder
-def plain_encode(m, text, layers=True):
+def plain_encode(m, text, layers=True, drop=1.0):
     """One sentence through the encoder, in numpy loops: no batch, no SDPA, no fused projection,
-    float64."""
+    float64. drop: by what a dropout that lets all through multiplies, wherever there is one."""
     w = {k: v.double().numpy() for k, v in M.to_hf(m.state_dict()).items()}
     c, E = m.config, "embeddings."
-    ids = m.tokenizer.encode(text.strip()).ids
-    norm = lambda x, n: (
-        (x - x.mean()) / math.sqrt(x.var() + c.layer_norm_eps) * w[n + ".weight"] + w[n + ".bias"]
-    )
+
+    def norm(x, n):
+        x = (x - x.mean()) / math.sqrt(x.var() + c.layer_norm_eps)
+        return x * w[n + ".weight"] + w[n + ".bias"]
 
     def dense(x, n):
         return w[n + ".weight"] @ x + w[n + ".bias"]
 
     xs = []
-    for t, i in enumerate(ids):
+    for t, i in enumerate(m.tokenizer.encode(text.strip()).ids):
         word = w[E + "word_embeddings.weight"][i]
         word = w[E + "word_embeddings_2.weight"] @ word if c.bottleneck_size else word
         position = t if c.model_type == "bert" else c.pad_token_id + 1 + t
-        xs.append(
-            norm(
-                word
-                + w[E + "position_embeddings.weight"][position]
-                + w[E + "token_type_embeddings.weight"][0],
-                E + "LayerNorm",
-            )
-        )
+        x = word + w[E + "position_embeddings.weight"][position]
+        xs.append(drop * norm(x + w[E + "token_type_embeddings.weight"][0], E + "LayerNorm"))
     for l in [k for _ in range(c.recurrence) for k in range(c.num_hidden_layers)] * layers:
         p, d = f"encoder.layer.{l}.", c.hidden_size // c.num_attention_heads
         q, k, v = (
@@ -692,75 +720,113 @@ def plain_encode(m, text, layers=True):
         out = []
         for t, x in enumerate(xs):
             heads = []
-            for h in range(c.num_attention_heads):
-                part = slice(h * d, h * d + d)
+            for part in (slice(h * d, h * d + d) for h in range(c.num_attention_heads)):
                 a = np.exp([q[t][part] @ k[u][part] / math.sqrt(d) for u in range(len(xs))])
-                heads.append(sum(a[u] / a.sum() * v[u][part] for u in range(len(xs))))
-            x = norm(
-                x + dense(np.concatenate(heads), p + "attention.output.dense"),
-                p + "attention.output.LayerNorm",
-            )
+                heads.append(sum(drop * a[u] / a.sum() * v[u][part] for u in range(len(xs))))
+            attention = dense(np.concatenate(heads), p + "attention.output.dense")
+            x = norm(x + drop * attention, p + "attention.output.LayerNorm")
             up = dense(x, p + "intermediate.dense")
             up = np.array([z * 0.5 * (1 + math.erf(z / math.sqrt(2))) for z in up])
-            out.append(norm(x + dense(up, p + "output.dense"), p + "output.LayerNorm"))
+            out.append(norm(x + drop * dense(up, p + "output.dense"), p + "output.LayerNorm"))
         xs = out
     if layers and c.pooling == "cls":
         return xs[0]
     return sum(xs) / len(xs)  # of the embedding block whatever the pooling: <s> is always the same
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"bottleneck_size": 8},
-        {"num_hidden_layers": 2, "recurrence": 3},
-        {"model_type": "xlm-roberta", "layer_norm_eps": 1e-5},
-        {"pooling": "cls", "bottleneck_size": 8},
-    ],
-    ids=str,
-)
-def test_encoder_against_plain_loops(tokenizer, changes):
-    m = tiny(tokenizer, **changes)
+LAYOUTS = [
+    {},
+    {"bottleneck_size": 8},
+    {"num_hidden_layers": 2, "recurrence": 3},
+    {"model_type": "xlm-roberta", "layer_norm_eps": 1e-2},
+    {"pooling": "cls", "bottleneck_size": 8},
+    {"pad_token_id": 7, "model_type": "roberta", "bottleneck_size": 8, "recurrence": 2},
+    {"pad_token_id": 7, "num_attention_heads": 8, "layer_norm_eps": 1e-2},
+]
+
+
+@pytest.mark.parametrize("changes", LAYOUTS, ids=str)
+def test_forward_against_plain_loops(tokenizer, changes, monkeypatch):
+    """Batches of the paper's layout, whole and embedding block alone: in inference, in training
+    without dropout, and with one in each of its places."""
+    m = tiny(pad_at(tokenizer, changes.get("pad_token_id", 1)), **changes)
+    for name, p in m.named_parameters():  # no bias is 0, no LayerNorm the identity
+        if name.endswith("bias") or "norm" in name:
+            p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p)))
+    texts = TEXTS[:5]
     for layers in (True, False):
-        want = np.stack([plain_encode(m, t, layers) for t in TEXTS[:5]])
-        got = m.embed(*m.tokenize(TEXTS[:5]), embeddings_only=not layers)
-        assert np.abs(got - want).max() < 1e-5
+        want = np.stack([plain_encode(m, t, layers) for t in texts])
+        assert apart(m.embed(*m.tokenize(texts), embeddings_only=not layers), want) < 1e-5
         with torch.enable_grad():  # the training path: attention as two products
-            assert (
-                np.abs(
-                    m(*batch(m, TEXTS[:5]), embeddings_only=not layers).detach().numpy() - want
-                ).max()
-                < 1e-5
-            )
+            got = m(*batch(m, texts), embeddings_only=not layers)
+        assert apart(got.detach(), want) < 1e-5
+
+    def no_loss(x, p=0.5, training=True, inplace=False):
+        assert p in (0, 0.25) and (p == 0.25 or not training)
+        return x / (1 - p) if training else x
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", no_loss)
+    m.config = replace(m.config, dropout=0.25)
+    for part in m.modules():
+        if hasattr(part, "config"):
+            part.config = m.config
+    for training in (True, False):
+        m.train(training)
+        drop = 1 / 0.75 if training else 1.0
+        for layers in (True, False):
+            want = np.stack([plain_encode(m, t, layers, drop) for t in texts[:3]])
+            got = m(*batch(m, texts[:3]), embeddings_only=not layers).detach()
+            assert apart(got, want) < 1e-5, f"dropout in training: {training}"
 
 
-def test_recurrence_is_the_cycle_order(tokenizer):
+def test_forward_gives_sdpa_the_dropout_of_training(tokenizer, monkeypatch):
+    """Where attention is torch's own: as in inference on long texts, or on a GPU."""
+    m, given = tiny(tokenizer, dropout=0.25, max_position_embeddings=200), []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, dropout_p=0.0):
+        given.append(dropout_p)
+        return real(q, k, v, attn_mask, dropout_p)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    ids = torch.randint(4, 400, (2, 128))
+    with torch.no_grad():
+        for training in (True, False):
+            m.train(training)(ids, ids > 0)
+            m(ids[:, :127], ids[:, :127] > 0)  # shorter: two products
+    assert given == [0.25] * 4 + [0.0] * 4
+
+
+def test_forward_adds_dense_after_pooling(tokenizer):
+    m = tiny(tokenizer, dense=((24, "tanh", True), (5, "identity", False)), pooling="max")
+    ids, mask = batch(m, TEXTS[:4])
+    x = M.pool(m.hidden(ids, mask), mask, "max").double()
+    one, two = (part.linear for part in m.dense)
+    x = torch.tanh(x @ one.weight.double().T + one.bias.double()) @ two.weight.double().T
+    assert apart(m(ids, mask).detach(), x.detach()) < 1e-5 and two.bias is None
+    assert m.config.width == 5 and m(ids, mask, embeddings_only=True).shape == (4, 32)
+
+
+def test_hidden_is_the_cycle_order(tokenizer):
     """K layers, R times, equal an unrolled stack 1..K, 1..K, and not 1..1, 2..2."""
     m = tiny(tokenizer, num_hidden_layers=2, recurrence=2)
     long = tiny(tokenizer, num_hidden_layers=4)
-    for order, same in (([0, 1, 0, 1], True), ([0, 0, 1, 1], False)):
-        long.load_state_dict(
-            {
-                **m.state_dict(),
-                **{
-                    f"layers.{i}.{k}": v
-                    for i, l in enumerate(order)
-                    for k, v in m.layers[l].state_dict().items()
-                },
-            }
-        )
-        assert np.allclose(long.encode(TEXTS), m.encode(TEXTS), atol=1e-6) == same
+    for order, is_it in (([0, 1, 0, 1], True), ([0, 0, 1, 1], False), ([1, 0, 1, 0], False)):
+        for i, l in enumerate(order):
+            long.layers[i].load_state_dict(m.layers[l].state_dict())
+        assert np.allclose(long.encode(TEXTS), m.encode(TEXTS), atol=1e-6) == is_it
 
 
-def test_bottleneck_shape(tokenizer):
+def test_embeddings_have_the_bottlenecks_shape(tokenizer):
     m = tiny(tokenizer, bottleneck_size=8)
     assert m.embeddings.word.weight.shape == (tokenizer.get_vocab_size(), 8)
     assert m.embeddings.project.weight.shape == (32, 8) and m.embeddings.project.bias is None
+    assert tiny(tokenizer).embeddings.project is None
 
 
-def test_poolings(tokenizer):
+def test_pool_over_real_tokens():
     x, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    x[1, 2:] = 100  # what stands at pads does not count
     rows = [x[0], x[1, :2]]
     for how, f in (
         ("mean", lambda r: r.mean(0)),
@@ -768,13 +834,63 @@ def test_poolings(tokenizer):
         ("max", lambda r: r.max(0)[0]),
         ("mean_sqrt_len", lambda r: r.sum(0) / len(r) ** 0.5),
     ):
-        assert torch.allclose(M.pool(x, mask, how), torch.stack([f(r) for r in rows]), atol=1e-6), (
-            how
-        )
+        want = torch.stack([f(r) for r in rows])
+        assert torch.allclose(M.pool(x, mask, how), want, atol=1e-6), how
+    assert not M.pool(x, mask & False, "mean").any()  # no token, no nan
+    assert M.pool(x.bfloat16(), mask, "mean").dtype == torch.float32
+
+
+def test_batch_pads_and_masks(tokenizer):
+    """Rows of a token store, as long as the longest, the model's own pad id behind them."""
+    m = tiny(pad_at(tokenizer, 7), pad_token_id=7)
+    flat, starts = np.arange(10, 19, dtype=np.uint32), np.array([0, 2, 5, 9])
+    ids, mask = m.batch(flat, starts, np.array([2, 0]))
+    assert ids.tolist() == [[15, 16, 17, 18], [10, 11, 7, 7]]
+    assert mask.tolist() == [[True] * 4, [True, True, False, False]]
+
+
+def test_narrow_by_hand(tokenizer):
+    """int8: each row of a matrix in 127 steps of its largest value; biases stay float32. float16
+    and float32: all of it."""
+    w = torch.tensor([[1.0, -0.5, 0.26], [-4.0, 0.0, 2.1], [0.0, 0.0, 0.0]])
+    tensors = {"a.weight": w, "a.bias": torch.tensor([0.1, 0.2, 0.3])}
+    got = M.narrow(tensors, "int8")
+    assert set(got) == {"a.weight", "a.scale", "a.bias"}
+    assert got["a.weight"].dtype == torch.int8 and got["a.scale"].dtype == torch.float32
+    want = [[127, round(-63.5), round(33.02)], [-127, 0, round(66.675)], [0, 0, 0]]
+    assert got["a.weight"].tolist() == want
+    assert got["a.scale"][:2].tolist() == pytest.approx([1 / 127, 4 / 127])
+    assert torch.equal(got["a.bias"], tensors["a.bias"])
+    back = got["a.weight"] * got["a.scale"][:, None]
+    assert ((back - w).abs().amax(1) <= w.abs().amax(1) / 254 + 1e-9).all()
+    assert got.keys() == M.narrow(got, "float32").keys()  # what is int8 stays so
+    assert M.narrow(got, "float32")["a.weight"].dtype == torch.int8
+    for kind in (torch.float16, torch.float32):
+        half = M.narrow(tensors, str(kind).removeprefix("torch."))
+        assert all(torch.equal(v, tensors[k].to(kind)) for k, v in half.items())
+
+
+def test_load_of_int8_and_float16_gives_what_the_file_says(tokenizer, tmp_path):
+    """Tables and maps: the vectors are those of the weights in the file, widened."""
+    m = tiny(tokenizer, bottleneck_size=8, dense=((24, "tanh", True),))
+    for kind in ("int8", "float16"):
+        tensors = M.narrow(m.state_dict(), kind)
+        for k in [k for k in tensors if k.endswith(".scale")]:
+            scale = tensors.pop(k)
+            name = k.removesuffix("scale") + "weight"
+            tensors[name] = tensors[name].float() * scale[:, None]
+        wide = tiny(tokenizer, bottleneck_size=8, dense=((24, "tanh", True),))
+        wide.load_state_dict({k: v.float() for k, v in tensors.items()})
+        (tmp_path / kind).mkdir()
+        m.write(tmp_path / kind, kind)
+        back = M.load(tmp_path / kind, "float32")
+        assert apart(back.encode(TEXTS), wide.encode(TEXTS)) < 1e-5, kind
+        assert apart(wide.encode(TEXTS), m.encode(TEXTS)) > 1e-4
+        assert back.int8 == (kind == "int8")
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
-def test_padding_batch_size_and_order_change_nothing(tokenizer, model_type):
+def test_encode_is_free_of_padding_batch_size_and_order(tokenizer, model_type):
     m = tiny(tokenizer, model_type=model_type)
     alone = np.concatenate([m.encode([t]) for t in TEXTS])
     for vectors in (
@@ -787,7 +903,7 @@ def test_padding_batch_size_and_order_change_nothing(tokenizer, model_type):
     assert m.encode([]).shape == (0, 32) and m.encode(TEXTS).dtype == np.float32
 
 
-def test_fast_paths_equal_plain_ones(tokenizer):
+def test_plain_attention_and_linear_equal_the_fast_ones(tokenizer):
     """SDPA against two products, oneDNN against torch's linear map, bfloat16 against float32: the
     largest difference is in the message."""
     m = tiny(tokenizer, std=0.05)
@@ -815,7 +931,7 @@ def test_fast_paths_equal_plain_ones(tokenizer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_work_by_packed_matrices(tokenizer, dtype):
+def test_embed_packs_matrices_for_long_work(tokenizer, dtype):
     """The vectors are those of one sentence at a time; the matrices are packed while it lasts."""
     m = tiny(tokenizer, std=0.05)
     m.dtype = dtype
@@ -831,18 +947,66 @@ def test_long_work_by_packed_matrices(tokenizer, dtype):
     assert gap < (1e-5 if dtype == torch.float32 else 3e-2), f"long work differs by {gap}"
 
 
-def test_dropout_is_for_training_alone(tokenizer, tmp_path):
+def test_load_for_training_and_for_use(tokenizer, tmp_path):
+    """A run's dropout and length in training alone; weights that can move; the same masks by the
+    same seed."""
     tiny(tokenizer).save(tmp_path / "m")
-    run = train.Run(train.parse(["--out", str(tmp_path / "run"), "--dropout", "0.3"]))
-    m, batch = run.load(tmp_path / "m", train=True), (torch.tensor([[0, 9, 8, 2]]),) * 2
-    seeded = lambda seed: torch.manual_seed(seed) and m(batch[0], batch[1] > -1)
-    assert not torch.equal(seeded(1), seeded(2)) and torch.equal(seeded(3), seeded(3))
+    flags = "--dropout 0.3 --max-tokens 9 --dtype bfloat16 --device cpu".split()
+    run = train.Run(train.parse(["--out", str(tmp_path / "run"), *flags]))
+    m, given = run.load(tmp_path / "m", train=True), (torch.tensor([[0, 9, 8, 2]]),) * 2
+    drawn = lambda seed: torch.manual_seed(seed) and m(given[0], given[1] > -1)
+    assert not torch.equal(drawn(1), drawn(2)) and torch.equal(drawn(3), drawn(3))
     m.eval()
-    assert torch.equal(seeded(1), seeded(2))
+    assert torch.equal(drawn(1), drawn(2))
+    for trains in (True, False):
+        m = run.load(tmp_path / "m", train=trains)
+        kinds = {(q.requires_grad, q.dtype) for k, q in m.named_parameters() if "layers" in k}
+        assert kinds == {(trains, torch.float32 if trains else torch.bfloat16)}
+        assert (m.config.max_seq_length, m.dtype, m.training) == (9, torch.bfloat16, trains)
+    assert M.load(tmp_path / "m").config.max_seq_length == 48
+    assert M.load(tmp_path / "m").config.dropout == 0
+
+
+PAD_TOKENS = [  # what the tokenizer's files say of it, and its id
+    ({}, "<pad>", 7),
+    ({"special_tokens_map.json": {"pad_token": "<pad>"}}, "<pad>", 7),
+    ({"tokenizer_config.json": {"pad_token": {"content": "<mask>"}}}, "<mask>", 8),
+    ({"special_tokens_map.json": {"pad_token": "[PAD]"}}, "[PAD]", 9),
+]
+
+
+@pytest.mark.parametrize("said, name, pad_id", PAD_TOKENS)
+def test_read_tokenizer_finds_the_pad_id(tokenizer, tmp_path, said, name, pad_id):
+    """It is that of the token that the files name, not what config.json says, nor 0, nor 1; it
+    fills batches, and a RoBERTa counts positions from it."""
+    raw = json.loads(tokenizer.to_str())
+    vocab = raw["model"]["vocab"]
+    other = next(piece for piece, i in vocab.items() if i == pad_id)
+    vocab[name], vocab[other] = pad_id, 1
+    raw["added_tokens"][1] |= {"content": name, "id": pad_id}
+    if name != "<pad>":
+        del vocab["<pad>"]
+    for model_type, in_config in (("bert", 0), ("roberta", pad_id)):
+        m = tiny(tokenizer, model_type=model_type, pad_token_id=1)
+        m.save(place := tmp_path / model_type)
+        (place / "tokenizer_config.json").unlink()
+        write(place / "tokenizer.json", json.dumps(raw))
+        for file, text in said.items():
+            write(place / file, json.dumps(text))
+        config = json.loads((place / "config.json").read_text())
+        write(place / "config.json", json.dumps(config | {"pad_token_id": in_config}))
+        assert M.read_tokenizer(place)[1] == pad_id
+        back = M.load(place, "float32")
+        assert back.config.pad_token_id == pad_id
+        assert back.config.first_position == (0 if model_type == "bert" else pad_id + 1)
+        ids, mask = batch(back, ["a man", "a"])
+        assert set(ids[~mask].tolist()) == {pad_id}
+        want = np.stack([plain_encode(back, t) for t in ("a man", "a")])
+        assert apart(back.encode(["a man", "a"]), want) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
-def test_hidden_states_of_transformers(kind, tokenizer, tmp_path):
+def test_hidden_equals_that_of_transformers(kind, tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     cls = {
         "bert": transformers.BertModel,
@@ -873,7 +1037,7 @@ def test_hidden_states_of_transformers(kind, tokenizer, tmp_path):
 @pytest.mark.skipif(
     not (SHARED / "teacher").exists(), reason="no shared/teacher beside the checkout"
 )
-def test_real_teacher():
+def test_load_of_a_real_teacher_gives_its_score():
     """The known score of a published model on English STS benchmark (82.03 in float32; the copy
     here is float16)."""
     m = M.load(SHARED / "teacher", "float32")
@@ -927,7 +1091,7 @@ def test_real_teacher():
         ),
     ],
 )
-def test_sizes_to_the_unit(config, embedding, layers, total):
+def test_ledger_to_the_unit(config, embedding, layers, total):
     assert M.ledger(config) == {
         "embedding": embedding,
         "layers": layers,
@@ -936,8 +1100,27 @@ def test_sizes_to_the_unit(config, embedding, layers, total):
     }
 
 
+def test_stage_loss_and_embed_do_not_wait_for_a_gpu(tokenizer):
+    """On the meta device, whose tensors have no values: what would wait for one raises there."""
+    m = tiny(tokenizer, bottleneck_size=8, type_vocab_size=1)
+    m.load_state_dict({k: v.to("meta") for k, v in m.state_dict().items()}, assign=True)
+    m.dtype = torch.bfloat16
+    both, y = batch(m, TEXTS[:4] + TEXTS[3:]), torch.empty(4, 32, device="meta")
+    for stage in msd.STAGES:
+        loss = sum(msd.stage_loss(stage, m, *both, y, y).values())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(m.parameters(), msd.CLIP)
+        assert (loss + norm).device.type == "meta"
+    with pytest.raises(RuntimeError, match="meta"):
+        float(loss.detach())
+    seen = []
+    with pytest.raises(NotImplementedError, match="meta"):  # the one wait, for all of the vectors
+        m.embed(*m.tokenize(TEXTS), progress=lambda done, total: seen.append(done), most=2)
+    assert seen[-1] == len(TEXTS)
+
+
 # ------------------------------------------------------------------------- model: model directories
-def test_save_and_load(tokenizer, tmp_path):
+def test_save_and_load_to_the_bit(tokenizer, tmp_path):
     for i, changes in enumerate(
         (
             {},
@@ -961,7 +1144,7 @@ def test_save_and_load(tokenizer, tmp_path):
         assert (half * M.unit(m.encode(TEXTS))).sum(1).min() > 0.99
 
 
-def test_vocabulary_larger_than_the_table(tokenizer, tmp_path):
+def test_load_refuses_a_vocabulary_larger_than_the_table(tokenizer, tmp_path):
     m = tiny(tokenizer)
     m.save(tmp_path / "m")
     m.tokenizer = tokenizer
@@ -978,7 +1161,7 @@ def test_vocabulary_larger_than_the_table(tokenizer, tmp_path):
         M.load(tmp_path / "m")
 
 
-def test_a_vocabulary_with_a_gap(tokenizer, tmp_path):
+def test_load_refuses_a_vocabulary_with_a_gap(tokenizer, tmp_path):
     m = tiny(tokenizer)
     m.save(tmp_path / "m")
     raw = json.loads((tmp_path / "m" / "tokenizer.json").read_text("utf-8"))
@@ -1019,7 +1202,7 @@ def test_encode_takes_what_people_give(tokenizer, monkeypatch):
 
 
 # ------------------------------------------------------------------------------ data: reading files
-def test_reading_pairs_adds_up(tmp_path):
+def test_read_pairs_adds_up(tmp_path):
     good = "".join(f"sentence {i}\tSatz {i}\n" for i in range(995))
     odd = (
         b"x" * 250
@@ -1069,7 +1252,7 @@ def test_reading_pairs_adds_up(tmp_path):
 
 
 # ----------------------------------------------------------------------------- data: the disk store
-def test_corpus_store(tmp_path, tokenizer):
+def test_build_corpus_tokens_and_vectors(tmp_path, tokenizer):
     a = write(tmp_path / "en-de.tsv", "one\teins\ntwo\tzwei\none\teins\n")
     b = write(tmp_path / "en-fr.tsv", "one\tun\nthree\ttrois\n")
     c = data.build_corpus([b, a], tmp_path / "cache")
@@ -1096,7 +1279,7 @@ def test_corpus_store(tmp_path, tokenizer):
 
 
 # ------------------------------------------------------------------------ data: vocabulary, batches
-def test_tokenizer_repeats_and_covers(tokenizer):
+def test_train_tokenizer_repeats_and_covers(tokenizer):
     text = [
         line
         for x in ("de", "ar")
@@ -1132,7 +1315,7 @@ def library_tokenizer(kind, texts):
 
 
 @pytest.mark.parametrize("kind", ["Unigram", "Unigram-bare", "BPE", "byte-BPE", "WordPiece"])
-def test_vocabulary_cut_to_a_text(kind, tmp_path):
+def test_cut_vocabulary_of_every_kind(kind, tmp_path):
     """The pieces a text uses most; what it cuts as before has the same vectors, to the bit."""
     files = [demo.DEMO / f"{x}.txt" for x in ("en", "de", "tr", "ar")]
     lines = [line for f in files for line in f.read_text("utf-8").splitlines()]
@@ -1161,27 +1344,69 @@ def test_vocabulary_cut_to_a_text(kind, tmp_path):
             data.cut_vocabulary(old, counts, wrong)
 
 
-def test_word_level_cannot_be_cut():
+@pytest.mark.parametrize("kind", ["Unigram", "BPE"])
+def test_cut_vocabulary_keeps_the_most_used(kind):
+    """By count, of equal ones the lowest ids; special tokens and characters always, and of BPE the
+    parts of what stays; ids in their old order."""
+    lines = (demo.DEMO / "de.txt").read_text("utf-8").splitlines()
+    old = library_tokenizer(kind, lines)
+    ids = old.get_vocab()
+    always = data.always_kept(old, len(ids))
+    assert always >= {"<s>", "<pad>", "</s>", "<unk>"} | {p for p in ids if len(p) == 1}
+    assert not any(len(p) == 2 for p in always)
+    others = sorted(ids.keys() - always, key=ids.get)
+    used = others[-40::4]  # high ids: what merges latest
+    counts = np.zeros(len(ids), int)
+    counts[[ids[p] for p in used]] = range(5, 15)
+    merges = json.loads(old.to_str())["model"].get("merges", ())
+    parts = lambda p: {x for a, b in merges if a + b == p for x in (a, b, *parts(a), *parts(b))}
+    need = {p: {p, *parts(p)} - always for p in others}
+    new, kept = data.cut_vocabulary(
+        old, counts, len(always) + len(set().union(*map(need.get, used)))
+    )
+    assert set(new.get_vocab()) == always.union(*map(need.get, used))
+    assert kept.tolist() == sorted(ids[p] for p in new.get_vocab())
+    best = max(used, key=lambda p: counts[ids[p]])
+    assert best in data.cut_vocabulary(old, counts, len(always) + len(need[best]))[0].get_vocab()
+    none = data.cut_vocabulary(old, counts * 0, len(always) + 1)[0].get_vocab()
+    assert none.keys() - always == {next(p for p in others if len(need[p]) == 1)}
+    same_, every = data.cut_vocabulary(old, counts, len(ids))
+    assert same_.get_vocab() == ids and every.tolist() == list(range(len(ids)))
+
+
+def test_always_kept_refuses_word_level():
     t = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     with pytest.raises(M.InputError, match="a WordLevel tokenizer; only Unigram, BPE and WordP"):
         data.always_kept(t, 1)
 
 
-def test_batches_cover_every_pair_once_and_repeat():
+def test_batch_order_by_hand():
+    """Shuffled by the seed, sorted by length within stretches of 256 batches, cut, shuffled: every
+    pair once, the same order for the same seed alone."""
+    lengths = np.random.default_rng(0).integers(5, 50, 1100)
+    got = data.batch_order(lengths, 2, (0, 1, 0))
+    rng = np.random.default_rng((0, 1, 0))
+    order, cuts = rng.permutation(1100).tolist(), []
+    for at in range(0, 1100, 512):
+        stretch = sorted(order[at : at + 512], key=lambda i: lengths[i])
+        cuts += [stretch[i : i + 2] for i in range(0, len(stretch), 2)]
+    assert [b.tolist() for b in got] == [cuts[i] for i in rng.permutation(len(cuts))]
+    for seed in ((1, 1, 0), (0, 2, 0), (0, 1, 1)):
+        other = data.batch_order(lengths, 2, seed)
+        assert not any(map(np.array_equal, got[:9], other))
+
+
+def test_batch_order_covers_every_pair_once():
     lengths = np.random.default_rng(0).integers(5, 50, 1000)
-    batches = data.batch_order(lengths, 16, [0, 1, 0])
-    assert sorted(np.concatenate(batches)) == list(range(1000)) and all(
-        len(b) == 16 for b in batches if len(b) != 8
-    )
-    assert all(
-        np.array_equal(a, b) for a, b in zip(batches, data.batch_order(lengths, 16, [0, 1, 0]))
-    )
-    assert not np.array_equal(batches[0], data.batch_order(lengths, 16, [0, 1, 1])[0])
+    batches = data.batch_order(lengths, 16, (0, 1, 0))
+    assert sorted(np.concatenate(batches)) == list(range(1000))
+    assert sorted(map(len, batches)) == [8] + [16] * 62
     assert np.mean([np.ptp(lengths[b]) for b in batches]) < 5  # little padding
+    assert [len(b) for b in data.batch_order(lengths[:3], 16, (0, 1, 0))] == [3]
 
 
 # ------------------------------------------------------------------------------------- train: a run
-def test_end_to_end(world, finished):
+def test_main_prints_and_leaves_the_table(world, finished):
     """What a run prints and leaves, and that the same command again only reports it."""
     out = world / "whole"
     left = {"assistant", "student", "stages", "results.json", "log.jsonl", "run.json"}
@@ -1208,21 +1433,7 @@ def test_log_of_a_run(world, finished):
     assert losses[4] and all(set(e) >= known for e in losses[4])
 
 
-def test_stages_hand_over(world, finished):
-    """Stage 3 trained stage 2's embedding block and the assistant's first layers, so it must differ
-    from both."""
-    out = world / "whole"
-    student = M.load(out / "student").config
-    assert student.bottleneck_size == 8
-    assert student.num_hidden_layers * student.recurrence == 4
-    names = ("assistant", "stages/stage2", "stages/stage3")
-    assistant, two, three = (M.load(out / name, "float32").layers for name in names)
-    for k in range(2):
-        assert torch.equal(two[k].qkv.weight, assistant[k].qkv.weight)
-    assert not torch.equal(three[0].qkv.weight, two[0].qkv.weight)
-
-
-def test_same_bytes_again(world, finished):
+def test_main_gives_the_same_bytes_again(world, finished):
     """Another process, hash seed, cache and folder: the same student, to the bit."""
     done = run(command(world, world / "second", "--cache", world / "cache2"), PYTHONHASHSEED="7")
     assert done.returncode == 0, done.stderr
@@ -1234,29 +1445,11 @@ def test_same_bytes_again(world, finished):
     assert {p.name for p in (world / "second").iterdir()} == left  # without --keep
 
 
-def test_layers_by_number():
+def test_layer_list_by_number():
     assert [train.layer_list(x) for x in ("3", "1,6,12", "12,")] == [(1, 2, 3), (1, 6, 12), (12,)]
 
 
-def test_which_pairs_a_stage_trains_on(world, tmp_path, capsys):
-    """--extra is for stages 2 and 3 alone, --max-lines for each; a file of both counts once; a
-    stage that would have none stops the run before any work. Names may hold brackets."""
-    place = tmp_path / "a [1]"
-    files = [tsv(place, n) / "en-de.tsv" for n in (40,)]
-    more = write(place / "en-tr.tsv", "one\tbir\ntwo\tiki\n")
-    twice = place / ".." / place.name / files[0].name
-    flags = ["--train", *files, "--extra", more, "--extra", twice, "--max-lines", "40,10,40,5"]
-    run = train.Run(train.parse(command(world, tmp_path / "x", *flags)[2:]))
-    train.read_inputs(run)
-    assert [len(train.stage_pairs(run, k)) for k in (1, 2, 3, 4)] == [40, 12, 42, 5]
-    write(files[0], "english\tgerman\none\teins\n")
-    flags[-1] = "9,9,9,1"
-    with pytest.raises(M.InputError, match="stage 4 has no pairs: .*--max-lines 1 were dropped"):
-        train.main(command(world, tmp_path / "y", *flags)[2:])
-    assert not (tmp_path / "y" / "run.json").exists()
-
-
-def test_ablations_by_flags(world, finished, tmp_path, capsys):
+def test_main_with_ablations_by_flags(world, finished, tmp_path, capsys):
     """No bottleneck, no contrast, stages 2-4 from a given assistant, noise as the start: each runs
     to the table."""
     for flags, rows in (
@@ -1295,661 +1488,6 @@ def test_ablations_by_flags(world, finished, tmp_path, capsys):
     assert table == ["teacher", "assistant", "student, untrained", *rows]
 
 
-# ------------------------------------------------------------------ train: the loop, the checkpoint
-class Toy(torch.nn.Module):
-    """The smallest thing that fit trains: a decayed weight, a bias and a norm's weight."""
-
-    device = torch.device("cpu")
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0], [0.5, 3.0]]))
-        self.bias = torch.nn.Parameter(torch.tensor([0.5, -0.25]))
-        self.norm = torch.nn.LayerNorm(2)
-
-
-def toy_terms(toy, scale=1.0):
-    """Two loss terms with different gradients in every weight."""
-    one = toy.norm(toy.bias + toy.weight.sum(0))
-    return {
-        "a": scale * (one - 3).square().mean(),
-        "b": scale * (toy.weight.square().mean() + (toy.bias + one).pow(3).mean()),
-    }
-
-
-def a_run(place, **changes):
-    run = train.Run(train.parse(["--out", str(place), "--device", "cpu", "--dtype", "float32"]))
-    place.mkdir(exist_ok=True)
-    vars(run).update(changes)
-    return run
-
-
-def caught_steps(monkeypatch):
-    """A list of what reached AdamW at each step: {name of group: ...} rates and gradients."""
-    steps, real = [], torch.optim.AdamW.step
-
-    def spy(optimizer, *args, **options):
-        groups = optimizer.param_groups
-        grads = [q.grad.clone() for g in groups for q in g["params"]]
-        steps.append(SimpleNamespace(rates={g["lr"] for g in groups}, grads=grads))
-        return real(optimizer, *args, **options)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    return steps
-
-
-def by_group(toy):
-    """Its parameters in the order of make_optimizer's groups."""
-    return [toy.weight, toy.bias, toy.norm.weight, toy.norm.bias]
-
-
-def norm_of(grads):
-    return math.sqrt(sum(float(g.double().square().sum()) for g in grads))
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_fit_gives_adamw_the_clipped_gradient_of_the_sum(tmp_path, monkeypatch, scale):
-    """At each step that of this step's terms, all of them, 1:1, as it is where its norm is below 1,
-    else at norm 1; at the schedule's rate. The log says the terms and the norm before the cut."""
-    steps, want, toy = caught_steps(monkeypatch), [], Toy()
-
-    def loss_at(step):
-        terms = toy_terms(toy, scale * (step + 1))
-        grads = torch.autograd.grad(sum(toy_terms(toy, scale * (step + 1)).values()), by_group(toy))
-        want.append(({k: float(v.detach()) for k, v in terms.items()}, grads))
-        return terms, 1
-
-    train.fit(a_run(tmp_path), "x", toy, 7, 1e-2, loss_at)
-    log = [e for e in train.read_log(tmp_path) if "loss" in e]
-    assert len(steps) == len(want) == len(log) == 7
-    for i, (got, (terms, grads), entry) in enumerate(zip(steps, want, log)):
-        norm = norm_of(grads)
-        assert (norm > 1) == (scale > 1)
-        cut = max(norm, 1)
-        assert all(torch.allclose(a, b / cut, rtol=1e-4) for a, b in zip(got.grads, grads))
-        assert got.rates == {1e-2 * train.rate_at(i, 7)}
-        assert {k: entry[k] for k in terms} == pytest.approx(terms, rel=1e-6)
-        assert entry["loss"] == pytest.approx(sum(terms.values()), rel=1e-6)
-        assert entry["norm"] == pytest.approx(norm, rel=1e-5)
-        assert (entry["step"], entry["lr"]) == (i, pytest.approx(1e-2 * train.rate_at(i, 7)))
-
-
-def test_fit_trains_in_training_mode_with_dropout_by_seed(tmp_path):
-    """What a step draws depends on seed, stage, step and process, and on nothing before it."""
-
-    def drawn(seed=0, name="x", rank=0, steps=3):
-        run, toy, seen = a_run(tmp_path, rank=rank), Toy().eval(), []
-        run.args.seed = seed
-
-        def loss_at(step):
-            assert toy.training
-            seen.append(float(torch.rand(())))
-            torch.rand(step)  # a longer sentence draws more
-            return toy_terms(toy), 1
-
-        (tmp_path / "log.jsonl").unlink(missing_ok=True)
-        train.fit(run, name, toy, steps, 1e-3, loss_at)
-        return seen
-
-    usual = drawn()
-    assert len(set(usual)) == 3 and usual == drawn() == drawn(steps=5)[:3]
-    others = drawn(seed=1), drawn(name="y"), drawn(rank=1)
-    assert all(not set(usual) & set(other) for other in others)
-
-
-READINGS = {3: 4.0, 5: 1.0, 8: 1.0, 10: 3.0}  # dev by steps made: the best is in the middle
-
-
-def fit_toy(run, toy, stop_at=None):
-    """Ten steps of a toy with dropout and READINGS; at `stop_at` the power goes."""
-    made = []
-
-    def loss_at(step):
-        if step == stop_at:
-            raise KeyError("the power is gone")
-        made.append(step + 1)
-        noise = torch.nn.functional.dropout(toy.weight, 0.5)
-        return {"noise": (noise - 1).square().mean(), **toy_terms(toy, 1e-2)}, 1
-
-    seen = {}
-
-    def dev():
-        seen[made[-1]] = [q.detach().clone() for q in toy.parameters()]
-        return READINGS[made[-1]]
-
-    train.fit(run, "x", toy, 10, 0.05, loss_at, dev)
-    return seen
-
-
-def untimed(log):
-    return [{k: v for k, v in e.items() if k not in ("tokens_per_s", "seconds")} for e in log]
-
-
-def test_fit_keeps_the_weights_of_the_best_dev_reading(tmp_path):
-    """Dev is read four times, evenly; of two equal readings the first one's weights are kept."""
-    toy = Toy()
-    seen = fit_toy(a_run(tmp_path), toy)
-    assert list(seen) == list(READINGS)
-    assert all(map(torch.equal, toy.parameters(), seen[5]))
-    assert not any(map(torch.equal, seen[8], seen[5]))
-    log = train.read_log(tmp_path)
-    assert {e["step"] + 1: e["dev"] for e in log if "dev" in e} == READINGS
-    assert log[-1]["best_dev"] == 1.0 and log[-1]["done"] and log[-1]["steps"] == 10
-
-
-def test_fit_without_dev_keeps_the_last_weights(tmp_path):
-    one, two = Toy(), Toy()
-    train.fit(a_run(tmp_path), "x", one, 3, 0.05, lambda step: (toy_terms(one), 1))
-    optimizer = train.make_optimizer(two, 0.05)
-    for step in range(3):
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.05 * train.rate_at(
-            step, 3
-        )
-        optimizer.zero_grad()
-        sum(toy_terms(two).values()).backward()
-        torch.nn.utils.clip_grad_norm_(two.parameters(), 1.0)
-        optimizer.step()
-    assert all(map(torch.equal, one.parameters(), two.parameters()))
-    assert train.read_log(tmp_path)[-1]["best_dev"] is None
-
-
-@pytest.mark.parametrize("stop_at", [1, 4, 6, 9])
-def test_fit_resumes_to_the_bit(tmp_path, monkeypatch, stop_at):
-    """Stopped anywhere, before or after the best reading, and continued: the same weights, AdamW
-    state and log as if nothing had been. What the checkpoint does not hold is done again."""
-    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
-    whole, again = Toy(), Toy()
-    fit_toy(a_run(tmp_path / "whole"), whole)
-    with pytest.raises(KeyError, match="power"):
-        fit_toy(a_run(tmp_path / "run"), again, stop_at)
-    for q in again.parameters():
-        q.data.fill_(9)  # all that matters is in the file
-    file = tmp_path / "run" / "checkpoint.safetensors"
-    tensors, meta = M.read_safetensors(file)
-    M.write_safetensors(file, tensors, meta | {"seconds": "1000"})
-    fit_toy(a_run(tmp_path / "run"), again)
-    assert all(map(torch.equal, whole.parameters(), again.parameters()))
-    assert untimed(train.read_log(tmp_path / "run")) == untimed(train.read_log(tmp_path / "whole"))
-    one, two = (
-        M.read_safetensors(tmp_path / x / "checkpoint.safetensors") for x in ("run", "whole")
-    )
-    assert set(one[0]) == set(two[0]) and all(torch.equal(v, two[0][k]) for k, v in one[0].items())
-    assert one[1] | {"seconds": ""} == two[1] | {"seconds": ""}
-    assert (two[1]["stage"], two[1]["step"], two[1]["best"]) == ("x", "9", "1.0")
-    assert train.read_log(tmp_path / "run")[-1]["seconds"] >= 1000
-
-
-def test_fit_saves_when_it_is_due(tmp_path, monkeypatch):
-    """After SAVE_SECONDS, but not after the last step. The checkpoint of another stage is not its
-    own."""
-    assert train.SAVE_SECONDS == 60 and train.EVALS == 4
-    saved, toy = [], Toy()
-    monkeypatch.setattr(train.Training, "save", lambda self, step: saved.append(step))
-    M.write_safetensors(tmp_path / "checkpoint.safetensors", {}, {"stage": "y", "step": "2"})
-    for seconds in (-1, 1e9):
-        monkeypatch.setattr(train, "SAVE_SECONDS", seconds)
-        train.fit(a_run(tmp_path), "x", toy, 4, 1e-3, lambda step: (toy_terms(toy), 1))
-        assert saved == [1, 2, 3]
-
-
-def test_fit_stops_at_a_loss_that_is_not_finite(tmp_path, monkeypatch):
-    """Before anything is saved over; the line says what to do."""
-    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
-    toy, scale = Toy(), {3: math.nan}
-    told = "x: by step 4 the loss or the gradient norm is not finite. Choose a lower --lr and anoth"
-    with pytest.raises(M.InputError, match=told):
-        terms = lambda step: toy_terms(toy, scale.get(step, 1))
-        train.fit(a_run(tmp_path), "x", toy, 500, 1e-3, lambda step: (terms(step), 1))
-    assert M.read_safetensors(tmp_path / "checkpoint.safetensors")[1]["step"] == "3"
-
-
-def test_make_optimizer_groups(tokenizer):
-    """Decay 0.01 on matrices and tables, none on biases and LayerNorm: every weight once."""
-    m = tiny(tokenizer, bottleneck_size=8, dense=((24, "tanh", True),))
-    optimizer = train.make_optimizer(m, 3e-3)
-    name_of = {id(q): k for k, q in m.named_parameters()}
-    decays = {
-        name_of[id(q)]: g["weight_decay"] for g in optimizer.param_groups for q in g["params"]
-    }
-    tables = [f"embeddings.{x}.weight" for x in ("word", "project", "position", "token_type")]
-    maps = [f"layers.{i}.{x}.weight" for i in range(4) for x in ("qkv", "out", "up", "down")]
-    want = dict.fromkeys(name_of.values(), 0.0)
-    want |= dict.fromkeys([*tables, *maps, "dense.0.linear.weight"], 0.01)
-    assert decays == want
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(name_of)
-    for g in optimizer.param_groups:
-        assert (g["lr"], g["betas"], g["eps"], g["amsgrad"]) == (3e-3, (0.9, 0.999), 1e-6, False)
-        assert not g["maximize"] and g["fused"]
-
-
-def test_make_optimizer_against_adamw_by_hand():
-    """Three steps in float64: moments, bias correction, eps, decay apart from the gradient."""
-    toy, lr = Toy().double(), 0.1
-    optimizer = train.make_optimizer(toy, lr)
-    plain = {k: q.detach().clone() for k, q in toy.named_parameters()}
-    m, v = ({k: torch.zeros_like(q) for k, q in plain.items()} for _ in range(2))
-    for step in range(1, 4):
-        optimizer.zero_grad()
-        sum(toy_terms(toy, 1e-5).values()).backward()  # so small that eps matters
-        for k, q in toy.named_parameters():
-            m[k] = 0.9 * m[k] + 0.1 * q.grad
-            v[k] = 0.999 * v[k] + 0.001 * q.grad**2
-            rise = (m[k] / (1 - 0.9**step)) / ((v[k] / (1 - 0.999**step)).sqrt() + 1e-6)
-            plain[k] = plain[k] * (1 - lr * 0.01 * (k == "weight")) - lr * rise
-        optimizer.step()
-        for k, q in toy.named_parameters():
-            assert torch.allclose(q, plain[k], rtol=1e-10), (step, k)
-
-
-def test_rate_at_by_hand():
-    """Up over a tenth of the steps, where 1 is reached, then down to one step before 0."""
-    want = [1 / 3, 2 / 3, *((20 - s) / 18 for s in range(2, 20))]
-    assert [train.rate_at(s, 20) for s in range(20)] == pytest.approx(want, rel=1e-12)
-    assert train.rate_at(2, 20) == 1 and train.rate_at(19, 20) == pytest.approx(1 / 18)
-    want = [1 / 1.5, 4 / 4.5, 3 / 4.5, 2 / 4.5, 1 / 4.5]  # half a step of warm-up
-    assert [train.rate_at(s, 5) for s in range(5)] == pytest.approx(want, rel=1e-12)
-
-
-def test_nothing_waits_for_a_gpu(tokenizer):
-    """On the meta device, whose tensors have no values: what would wait for one raises there."""
-    m = tiny(tokenizer, bottleneck_size=8, type_vocab_size=1)
-    m.load_state_dict({k: v.to("meta") for k, v in m.state_dict().items()}, assign=True)
-    m.dtype = torch.bfloat16
-    both, y = batch(m, TEXTS[:4] + TEXTS[3:]), torch.empty(4, 32, device="meta")
-    for stage in msd.STAGES:
-        loss = sum(msd.stage_loss(stage, m, *both, y, y).values())
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(m.parameters(), msd.CLIP)
-        assert (loss + norm).device.type == "meta"
-    with pytest.raises(RuntimeError, match="meta"):
-        float(loss.detach())
-    seen = []
-    with pytest.raises(NotImplementedError, match="meta"):  # the one wait, for all of the vectors
-        m.embed(*m.tokenize(TEXTS), progress=lambda done, total: seen.append(done), most=2)
-    assert seen[-1] == len(TEXTS)
-
-
-def test_a_loss_that_is_not_finite_stops(world, finished, tmp_path):
-    done = run(command(world, tmp_path / "nan", "--lr", "1e30"))
-    assert (
-        done.returncode == 2
-        and "stage 1: by step" in done.stderr
-        and "not finite. Choose a lower --lr and another --out" in done.stderr
-    )
-    assert not (tmp_path / "nan" / "assistant").exists()
-
-
-def test_train_stage_resumes_every_stage_to_the_bit(world, finished, tmp_path, monkeypatch):
-    """Each stage of a run stopped in its third step, then continued: the uninterrupted bits."""
-    args = command(world, tmp_path / "run", "--keep")[2:]
-    real, calls, stopped = msd.stage_loss, [], set()
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-
-    def fragile(stage, *rest):
-        if not torch.is_inference_mode_enabled():  # in training, not for dev
-            calls.append(stage)
-            if calls.count(stage) == 3 and stage not in stopped:
-                stopped.add(stage)
-                raise KeyError("the power is gone")
-        return real(stage, *rest)
-
-    monkeypatch.setattr(msd, "stage_loss", fragile)
-    for _ in range(4):
-        with pytest.raises(KeyError, match="power"):
-            train.main(args)
-    train.main(args)
-    assert stopped == {1, 2, 3, 4}
-    for name in ("assistant", "stages/stage2", "stages/stage3", "student"):
-        one, two = (x / name / "model.safetensors" for x in (tmp_path / "run", world / "whole"))
-        assert one.read_bytes() == two.read_bytes(), name
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3, 4])
-def test_train_stage_gives_each_pair_its_target(stage, models, small, monkeypatch):
-    """Of every batch of every pass: which pairs, both sides, from the right source, each with its
-    own target; the terms that fit gets and logs are msd's of the batch."""
-    run = small()
-    fit = caught_fit(monkeypatch, run, stage, models, "assistant" if stage == 1 else "student")
-    n, size = len(run.pairs[stage]), STAGE["batch"][stage - 1]
-    one_pass = math.ceil(n / size)
-    assert (fit.name, fit.lr) == (f"stage {stage}", STAGE["lr"][stage - 1])
-    assert fit.steps == math.ceil(STAGE["epochs"][stage - 1] * one_pass)
-    kind = {1: "teacher", 2: "assistant", 3: "assistant", 4: "teacher"}[stage]
-    source = M.load(models[kind], "float32", max_tokens=run.args.max_tokens)
-    known = texts_of(fit.model, {t for pair in run.pairs[stage] for t in pair})
-    calls, model = caught_losses(monkeypatch), fit.model.eval()
-    corpus_pairs = train.stage_pairs(run, stage)
-    lengths = [max(len(model.tokenize([t])[0]) for t in run.corpus.texts(p)) for p in corpus_pairs]
-    for step in range(fit.steps):
-        terms, tokens = fit.loss_at(step)
-        call = calls.pop()
-        english, translations = read_batch(call, known)
-        epoch, i = divmod(step, one_pass)
-        numbers = data.batch_order(np.array(lengths), size, (3, stage, epoch))[i]
-        want = [tuple(run.corpus.texts(corpus_pairs[j])) for j in numbers]
-        assert list(zip(english, translations)) == want and set(want) <= set(run.pairs[stage])
-        assert tokens == int(call.mask.sum())
-        y = [source.embed(*source.tokenize(x), stage == 2) for x in (english, translations)]
-        assert apart(call.y_s, y[0]) < 2e-3, "targets in float16"
-        assert call.y_t is None if stage in (1, 4) else apart(call.y_t, y[1]) < 2e-3
-        assert (call.stage, call.contrast, call.gather) == (stage, True, None)
-        with torch.no_grad():
-            sides = [model(*batch(model, x), stage == 2) for x in (english, translations)]
-        want = plain_stage_loss(stage, *sides, call.y_s, call.y_t)
-        assert {k: float(v.detach()) for k, v in terms.items()} == pytest.approx(want, rel=1e-4)
-
-
-def test_train_stage_sees_every_pair_once_a_pass(models, small, monkeypatch):
-    """A pass is all pairs once; the next one, another stage's and another seed's come in another
-    order."""
-    orders = []
-    for seed, stage in ((3, 1), (3, 4), (4, 4)):
-        run = small("--seed", seed, "--epochs", 2, "--batch", 4, name=f"{seed}{stage}")
-        fit = caught_fit(monkeypatch, run, stage, models)
-        calls = caught_losses(monkeypatch)
-        known = texts_of(fit.model, {t for pair in run.pairs[stage] for t in pair})
-        for step in range(fit.steps):
-            fit.loss_at(step)
-        rows = [pair for call in calls for pair in zip(*read_batch(call, known))]
-        half = len(rows) // 2
-        assert sorted(rows[:half]) == sorted(rows[half:]) == sorted(run.pairs[stage])
-        orders += [rows[:half], rows[half:]]
-    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
-
-
-def test_train_stage_takes_fewer_than_a_pass(models, small, monkeypatch):
-    """A part of a pass needs targets of its own sentences alone; without contrast there is none."""
-    run = small("--epochs", 0.4, "--batch", 4, "--no-contrast")
-    fit = caught_fit(monkeypatch, run, 4, models)
-    assert fit.steps == 3  # of six batches
-    calls = caught_losses(monkeypatch)
-    terms = [fit.loss_at(step)[0] for step in range(3)]
-    assert [list(t) for t in terms] == [["en", "tr"]] * 3
-    assert not any(call.contrast for call in calls)
-    made = [np.load(f) for f in run.args.cache.glob("vectors-*.npy")]
-    assert 8 < min(map(len, made)) <= 12
-
-
-@pytest.mark.parametrize("stage", [2, 4])
-def test_train_stage_reads_dev_as_it_trains(stage, models, small, monkeypatch):
-    """The mean over dev's batches of the stage's terms, of dev's own pairs, without dropout or
-    gradient; then training goes on with dropout."""
-    run = small()
-    fit = caught_fit(monkeypatch, run, stage, models)
-    dev, calls = some_pairs(9, 3), caught_losses(monkeypatch)
-    known = texts_of(fit.model, {t for pair in dev for t in pair})
-    fit.model.train()
-    got = fit.dev_loss()
-    assert fit.model.training and fit.dev_loss() == got
-    rows = [pair for call in calls for pair in zip(*read_batch(call, known))]
-    assert sorted(rows) == sorted(dev * 2)
-    assert [len(c.y_s) for c in calls] in ([5, 4, 5, 4], [4, 5, 4, 5], [7, 2, 7, 2], [2, 7, 2, 7])
-    model, want = fit.model.eval(), []
-    for call in calls:
-        assert not any(t.requires_grad for t in call.terms.values())
-        with torch.no_grad():
-            sides = [model(*batch(model, x), stage == 2) for x in read_batch(call, known)]
-        want.append(sum(plain_stage_loss(stage, *sides, call.y_s, call.y_t).values()))
-    assert got == pytest.approx(np.mean(want), rel=1e-4)
-
-
-def test_train_stage_reads_a_sample_of_a_large_dev(models, small, monkeypatch, tmp_path):
-    """1,000 pairs from anywhere in it, always the same."""
-    run, many = small("--batch", 100), some_pairs(1300, 4)
-    run.dev = data.build_corpus([pair_file(tmp_path / "in" / "en-fr.tsv", many)], run.args.cache)
-    fit, seen = caught_fit(monkeypatch, run, 4, models), []
-    known = texts_of(fit.model, {t for pair in many for t in pair})
-
-    def spy(stage, model, ids, mask, y_s, *rest):
-        seen.extend(read_batch(SimpleNamespace(ids=ids, mask=mask), known)[0])
-        return {"en": torch.zeros(())}
-
-    monkeypatch.setattr(msd, "stage_loss", spy)
-    fit.dev_loss()
-    first = {a for a, _ in many[:1000]}
-    assert len(seen) == len(set(seen)) == 1000 and len(first - set(seen)) > 100
-    again, seen[:] = list(seen), []
-    fit.dev_loss()
-    assert seen == again
-
-
-def test_train_stage_trains_what_the_stage_is_about(models, small, monkeypatch):
-    """Stage 2 the embedding block alone, the others everything; from the model in `start`, with the
-    run's dropout and length; what fit leaves is saved, and made once."""
-    run = small("--max-tokens", 11)
-    for stage in msd.STAGES:
-        fit = caught_fit(monkeypatch, run, stage, models)
-        moved = {k for k, q in fit.model.named_parameters() if q.requires_grad}
-        named = dict(fit.model.named_parameters())
-        assert moved == {k for k in named if stage != 2 or k.startswith("embeddings.")}
-        start = M.load(models["student"], "float32").state_dict()
-        assert all(torch.equal(q, start[k]) for k, q in named.items())
-        c = fit.model.config
-        assert (c.dropout, c.max_seq_length, fit.model.training) == (0.1, 11, True)
-        assert fit.run is run and callable(fit.dev_loss)
-    run = small(name="other")
-    run.dev = None
-
-    def fit(run, name, model, steps, lr, loss_at, dev_loss):
-        assert dev_loss is None
-        model.embeddings.norm.bias.data.fill_(3)
-
-    monkeypatch.setattr(train, "fit", fit)
-    out = run.out / "made"
-    assert train.train_stage(run, 4, models, models["student"], out) == out
-    assert (M.load(out).embeddings.norm.bias == 3).all()
-    monkeypatch.setattr(train, "fit", None)  # it is there: not again
-    assert train.train_stage(run, 4, models, models["student"], out) == out
-
-
-def test_mean_loss_is_without_dropout_and_gradient():
-    toy, seen = Toy(), []
-
-    def loss_at(step):
-        seen.append((step, toy.training, torch.is_grad_enabled()))
-        return {"a": torch.tensor(float(step)), "b": torch.tensor(1.0)}, 9
-
-    assert train.mean_loss(toy, loss_at, 4) == pytest.approx(2.5)
-    assert seen == [(step, False, False) for step in range(4)] and toy.training
-
-
-def test_stage_pairs_by_file_and_line(models, small):
-    """--extra for stages 2 and 3 alone; --max-lines of each file, by stage, counted from 1."""
-    run = small("--max-lines", "21,5,99,1")
-    assert [len(train.stage_pairs(run, k)) for k in msd.STAGES] == [21, 10, 29, 1]
-    texts = [tuple(run.corpus.texts(p)) for p in train.stage_pairs(run, 2)]
-    assert texts == run.pairs[1][:5] + run.pairs[2][21:26]
-    assert [tuple(run.corpus.texts(p)) for p in train.stage_pairs(run, 4)] == run.pairs[1][:1]
-
-
-PIPELINES = {  # flags: what each stage starts from, by the folder's name
-    "": {1: "assistant-start", 2: "student-start", 3: "stage2", 4: "stage3"},
-    "--stages 2-4 --assistant GIVEN": {2: "student-start", 3: "stage2", 4: "stage3"},
-    "--stages 1,4": {1: "assistant-start", 4: "student-start"},
-    "--bottleneck 0": {1: "assistant-start", 3: "student-start", 4: "stage3"},
-    "--assistant GIVEN --keep-vocab 90": {1: "assistant-start", 2: "student-start"},
-    "--assistant GIVEN --keep-vocab 90 --stages 2-4": {2: "student-start"},
-}
-
-
-@pytest.mark.parametrize("flags", PIPELINES)
-def test_pipeline_hands_each_stage_its_start(flags, models, small, monkeypatch):
-    """The paper's figure: what each stage starts from, whose targets it may take, what the table
-    is made of. Nothing is trained."""
-    given = flags.replace("GIVEN", str(models["assistant"])).split()
-    run, seen, table = small("--teacher", models["teacher"], *given), {}, {}
-    cut = "--keep-vocab" in flags
-    for name in ("read_inputs", "write_run_json", "look_at_teacher"):
-        monkeypatch.setattr(train, name, lambda *a: None)
-    makers = {"start_assistant": [], "start_cut_assistant": [], "start_student": []}
-    for name, calls in makers.items():
-        monkeypatch.setattr(train, name, lambda run, *a, calls=calls: calls.append(a))
-    monkeypatch.setattr(run, "build", lambda folder, make: (make(), folder)[1])
-
-    def stage(run, k, known, start, folder):
-        seen[k] = start.name, folder, dict(known)
-        return folder
-
-    monkeypatch.setattr(train, "train_stage", stage)
-    monkeypatch.setattr(train, "finish", lambda run, models: table.update(models))
-    train.pipeline(run)
-    assert {k: v[0] for k, v in seen.items()} == {
-        **{k: v for k, v in PIPELINES[""].items() if k in seen},
-        **PIPELINES[flags],
-    }
-    assert list(seen) == run.args.stages
-    last = max(seen)
-    for k, (_, folder, known) in seen.items():
-        own = run.out / "assistant" if k == 1 else run.out / "stages" / f"stage{k}"
-        assert folder == (run.out / "student" if k == last > 1 else own)
-        assert known["teacher"] == models["teacher"]
-    trained = 1 in seen or cut
-    assistant = run.out / "assistant" if trained else models["assistant"]
-    assert all(v[2]["assistant"] == assistant for k, v in seen.items() if k > 1)
-    assert makers["start_student"] == [(assistant,)]
-    assert len(makers["start_assistant"]) == ("--assistant" not in flags)
-    assert len(makers["start_cut_assistant"]) == cut
-    rows = ["teacher", *["assistant, given"] * cut, *["assistant, untrained"] * (1 in seen)]
-    rows += ["assistant", "student, untrained", *(f"student, stage {k}" for k in seen if k > 1)]
-    assert sorted(table) == sorted(rows)
-    assert table[f"student, stage {last}"] == run.out / "student"
-    assert table["assistant"] == assistant
-
-
-def test_start_student_gives_make_student_what_was_asked(models, small, monkeypatch):
-    """Sizes, start and seed of the command; how often the text uses each piece of the assistant."""
-    given = {}
-    run = small("--layers", "2,4", "--recurrence", 3, "--bottleneck", 9, "--init", "paper")
-    names = ("assistant", "B", "layers", "R", "init", "seed", "counts")
-    monkeypatch.setattr(msd, "make_student", lambda *a: given.update(zip(names, a)))
-    train.start_student(run, models["assistant"])
-    assistant = M.load(models["assistant"], "float32")
-    want = np.zeros(assistant.config.vocab_size, int)
-    for text in {t for pair in run.pairs[2] for t in pair}:
-        for i in assistant.tokenize([text])[0]:
-            want[i] += 1
-    # A sentence that is there twice is counted once.
-    assert given.pop("counts").tolist() == want.tolist()
-    made = given.pop("assistant").state_dict()
-    assert all(torch.equal(v, made[k]) for k, v in assistant.state_dict().items())
-    assert given == {"B": 9, "layers": (2, 4), "R": 3, "init": "paper", "seed": 3}
-
-
-# ------------------------------------------------------------------ train: several processes, a GPU
-def script(path, body):
-    return write(
-        path,
-        f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport model as M, train\n"
-        f"{body}\nM.run_cli(train.main)\n",
-    )
-
-
-def torchrun(args, n=2):
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={n}",
-        *args[1:],
-    ]
-
-
-@pytest.mark.parametrize("n, world", [(7, 2), (8, 2), (5, 3), (1, 2), (2, 4)])
-def test_share_of_gives_the_gradients_of_the_whole_batch(n, world, monkeypatch):
-    """Each process takes every world-th row. Gathered, all see the vectors of all rows; the mean of
-    their gradients is that of one process with all of the batch, for every loss and every row."""
-    table, y_s = random64(n, 7), random64(n, 7, seed=1)
-    loss = lambda x: msd.mse(x, y_s) + msd.contrastive(x, 2 * x.flip(1), y_s)
-    whole = table.clone().requires_grad_()
-    loss(whole).backward()
-    shares, taken, mean = [], [], torch.zeros_like(table)
-    for rank in range(world):
-        shares.append(train.share_of(a_share(rank, world), n))
-    for rank, (rows, gather) in enumerate(shares):
-        assert len(rows) > 0  # an empty share takes a row that does not count
-        taken += [i for i in rows if i % world == rank]
-        others = [table[r] for k, (r, _) in enumerate(shares) if k != rank]
-
-        def all_reduce(total, rank=rank):  # what the other processes add
-            for k in range(world):
-                if k != rank:
-                    total[k::world] += table[k::world]
-
-        monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
-        own = table.clone().requires_grad_()
-        got = gather(own[torch.from_numpy(rows)])
-        assert torch.equal(got, table) and len(others) == world - 1
-        loss(got).backward()
-        mean += own.grad / world
-        with torch.no_grad():
-            assert torch.equal(gather(table[torch.from_numpy(rows)]), table)
-    assert sorted(taken) == list(range(n))
-    assert torch.allclose(mean, whole.grad, rtol=1e-10)
-    assert train.share_of(a_share(0, 1), n) == (slice(None), None)
-
-
-def a_share(rank, world):
-    return SimpleNamespace(rank=rank, world=world, args=SimpleNamespace(device="cpu"))
-
-
-def in_processes(n, work):
-    """Call work() in n processes that find each other as torchrun's do."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-
-    def begin(rank):
-        place = {"WORLD_SIZE": n, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ |= {k: str(v) for k, v in place.items()}
-        work()
-
-    processes = [fork.Process(target=begin, args=(rank,)) for rank in range(n)]
-    for p in processes:
-        p.start()
-    for p in processes:
-        p.join()
-    assert [p.exitcode for p in processes] == [0] * n
-
-
-def test_train_stage_in_two_processes_gives_the_gradients_of_one(models, small, monkeypatch):
-    """In every stage and batch of a pass, of the loss terms, too, and of the dev loss. The last
-    batch has one pair and leaves a process without any."""
-
-    def fit(run, name, model, steps, lr, loss_at, dev_loss):
-        seen = {"dev": torch.tensor(dev_loss())}
-        for step in range(steps):
-            model.zero_grad()
-            terms = loss_at(step)[0]
-            sum(terms.values()).backward()
-            grads = {k: q.grad.clone() for k, q in model.named_parameters() if q.grad is not None}
-            seen |= {f"{step} {k}": v.detach() for k, v in {**terms, **grads}.items()}
-        M.write_safetensors(run.out / f"{name} {run.rank}", seen)
-
-    monkeypatch.setattr(train, "fit", fit)
-    flags = "--epochs 1 --batch 4,4,4,5 --dropout 0 --teacher".split()
-    names = "one", "two"
-
-    def stages(name):
-        run = small(*flags, models["teacher"], name=name)
-        for k in msd.STAGES:
-            train.train_stage(run, k, models, models["student"], run.out / f"after{k}")
-        return run.out
-
-    one = stages("one")
-    in_processes(2, lambda: stages("two"))
-    assert names and len(list(one.glob("stage*"))) == 4
-    for file in one.glob("stage*"):
-        want = M.read_safetensors(file)[0]
-        for rank in (0, 1):
-            got = M.read_safetensors(one.parent / "two" / f"{file.name[:-1]}{rank}")[0]
-            assert set(got) == set(want) and len(want) > 50
-            for k, v in want.items():
-                near = {"rtol": 1e-4, "atol": 1e-5 * float(v.abs().max()) + 1e-9}
-                assert torch.allclose(got[k], v, **near), (file.name, k)
-
-
 # --------------------------------------------------------------------- train: evaluation, the table
 def test_spearman_by_hand():
     assert list(train.ranks([10, 20, 20, 30])) == [1, 2.5, 2.5, 4]
@@ -1960,7 +1498,31 @@ def test_spearman_by_hand():
     assert math.isnan(train.spearman([1, 1], [1, 2]))
 
 
-def test_retrieval():
+def test_mean_spearman_of_sets():
+    scores = {"en-en": 80, "de-de": 60, "en-de": 40, "tr-en": 20}
+    assert train.mean_spearman(scores) == (50, 70, 30)
+    everything, mono, cross = train.mean_spearman({"en-de": 40})
+    assert (everything, cross) == (40, 40) and math.isnan(mono)
+
+
+def test_similarity_scores_are_cosines():
+    """Of each pair, in its order, set by set; a sentence that is in many is encoded once."""
+    v = {t: np.random.default_rng(i).normal(size=3) * 9 for i, t in enumerate("abcd")}
+    asked = []
+
+    def encode(texts):
+        asked.extend(texts)
+        return np.stack([v[t] for t in texts])
+
+    sets = {"en-en": (["a", "b"], ["c", "a"], None), "en-de": (["d"], ["b"], None)}
+    got = train.similarity_scores(encode, sets)
+    assert sorted(asked) == ["a", "b", "c", "d"]
+    for name, (one, two, _) in sets.items():
+        want = [v[a] @ v[b] / np.sqrt(v[a] @ v[a] * (v[b] @ v[b])) for a, b in zip(one, two)]
+        assert got[name].tolist() == pytest.approx(want)
+
+
+def test_retrieval_by_hand():
     x = np.eye(4)
     assert train.retrieval(x, x) == (100, 100)
     assert train.retrieval(x, x[[1, 0, 2, 3]]) == (50, 50)
@@ -1970,7 +1532,19 @@ def test_retrieval():
     assert train.retrieval(x, y) == (50, 75)  # backwards only y1 is led astray
 
 
-def test_look_finds_a_collapsed_teacher():
+@pytest.mark.parametrize("block", [1, 3, 10, 1024])
+def test_retrieval_against_loops(block):
+    """By cosine, whatever the lengths of the vectors; block by block the same."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(10, 4)) * rng.uniform(0.1, 9, (10, 1))
+    y = (x + 3 * rng.normal(size=x.shape)) * rng.uniform(0.1, 9, (10, 1))
+    cos = np.array([[a @ b / np.sqrt(a @ a * (b @ b)) for b in y] for a in x])
+    want = tuple(100 * np.mean(c.argmax(1) == np.arange(10)) for c in (cos, cos.T))
+    assert want[0] != want[1] and train.retrieval(x, y, block) == pytest.approx(want)
+    assert train.retrieval.__defaults__ == (1024,)
+
+
+def test_describe_vectors_finds_a_collapsed_teacher():
     v = np.ones((50, 8)) + 1e-3 * np.random.default_rng(0).normal(size=(50, 8))
     norm, cosine, constant_mse = train.describe_vectors(v)
     assert cosine > 0.99 and norm == pytest.approx(8**0.5, rel=1e-2)
@@ -1978,47 +1552,70 @@ def test_look_finds_a_collapsed_teacher():
 
 
 def test_evaluate_by_hand():
+    """Spearman x 100 by set, accuracy both ways, 100 x MSE to the teacher of each side."""
+    asked = []
+
     class Fixed:
         def encode(self, texts, normalize=None):
+            asked.append((len(texts), normalize))
             return np.array([[float(t[0]), 1.0] for t in texts])
 
-    row, _ = train.evaluate(
-        Fixed(),
-        {"en-de": (["1a", "2a"], ["1b", "9b"], np.array([5, 0]))},
-        {"de": (["1", "5"], ["1", "5"])},
-        {"de": np.array([[1.0, 1.0], [5.0, 2.0]])},
-    )
-    assert (
-        row["spearman"]["en-de"] == pytest.approx(100)
-        and row["accuracy"]["de"] == (100, 100)
-        and row["mse"]["de"] == pytest.approx([25, 25])
-    )
-    assert train.mean_spearman({"en-en": 80, "de-de": 60, "en-de": 40}) == (60, 70, 40)
+    sets = {"en-de": (["1a", "2a", "3a"], ["1b", "9b", "1c"], np.array([5, 0, 3]))}
+    dev = {"de": (["1", "5", "9"], ["1", "5", "6"]), "fr": (["2", "7"], ["7", "2"])}
+    goals = {"de": np.array([[1.0, 1.0], [5.0, 2.0], [9.0, 1.0]]), "fr": np.zeros((2, 2))}
+    row, cosines = train.evaluate(Fixed(), sets, dev, goals)
+    cos = [(a * b + 1) / math.sqrt((a * a + 1) * (b * b + 1)) for a, b in ((1, 1), (2, 9), (3, 1))]
+    assert cosines["en-de"].tolist() == pytest.approx(cos)
+    assert row["spearman"] == {"en-de": pytest.approx(100 * train.spearman(cos, [5, 0, 3]))}
+    assert abs(row["spearman"]["en-de"]) == pytest.approx(50)
+    assert row["accuracy"] == {"de": (100, pytest.approx(200 / 3)), "fr": (0, 0)}
+    assert row["mse"]["de"] == pytest.approx([100 * 1 / 6, 100 * (1 + 9) / 6])
+    assert row["mse"]["fr"] == pytest.approx([100 * (4 + 49 + 2) / 4] * 2)
+    assert asked == [(6, None), (3, False), (3, False), (2, False), (2, False)]
+    assert train.evaluate(Fixed(), {}, {}, {}) == ({"spearman": {}, "accuracy": {}, "mse": {}}, {})
 
 
-def test_bootstrap():
-    """A model against itself: no difference, ever. A better one: the bounds hold the difference,
-    and exclude 0."""
-    rng, gold = np.random.default_rng(0), np.arange(200.0)
-    sets = {"en-en": ([], [], gold), "en-de": ([], [], gold[:150])}
-    good, bad = (
-        {k: s[2] + rng.normal(0, sd, len(s[2])) for k, s in sets.items()} for sd in (10, 80)
-    )
+def some_scores(*sizes):
+    """(sets, a worse and a better model's scores) of so many pairs each."""
+    rng = np.random.default_rng(0)
+    names = ("en-en", "en-de", "de-de", "fr-de")
+    sets = {k: ([], [], rng.permutation(np.arange(float(n)))) for k, n in zip(names, sizes)}
+    models = ({k: s[2] + rng.normal(0, sd, len(s[2])) for k, s in sets.items()} for sd in (80, 10))
+    return sets, *models
+
+
+def test_bootstrap_of_a_model_with_itself_and_a_better_one():
+    sets, bad, good = some_scores(200, 150)
     assert all(v == [0, 0, 0] for v in train.bootstrap(sets, good, good, 50).values())
     got = train.bootstrap(sets, bad, good, 200)
-    want = [
-        100 * (train.spearman(good[k], sets[k][2]) - train.spearman(bad[k], sets[k][2]))
-        for k in sets
-    ]
-    assert (
-        got["mono"][0] == pytest.approx(want[0])
-        and got["cross"][0] == pytest.approx(want[1])
-        and got["all"][0] == pytest.approx(np.mean(want))
-    )
+    score = lambda c, k: 100 * train.spearman(c[k], sets[k][2])
+    mono, cross = (score(good, k) - score(bad, k) for k in sets)
+    assert got["mono"][0] == pytest.approx(mono) and got["cross"][0] == pytest.approx(cross)
+    assert got["all"][0] == pytest.approx((mono + cross) / 2)
     assert all(0 < low < d < high for d, low, high in got.values())
+    assert list(train.bootstrap({"en-en": sets["en-en"]}, bad, good, 5)) == ["all", "mono"]
 
 
-def test_scores():
+def test_bootstrap_against_loops():
+    """95 % of a thousand resamples, of both models' same pairs; sets of one length, whose pairs
+    translate each other, are drawn alike."""
+    sets, a, b = some_scores(9, 12, 9, 12)
+    rng, draws = np.random.default_rng(3), []
+    for _ in range(40):
+        rows = {n: rng.integers(0, n, n) for n in (9, 12)}
+        gaps = {}
+        for k, (_, _, gold) in sets.items():
+            i = rows[len(gold)]
+            gaps[k] = 100 * (train.spearman(b[k][i], gold[i]) - train.spearman(a[k][i], gold[i]))
+        draws.append((np.mean([*gaps.values()]), gaps["en-en"] / 2 + gaps["de-de"] / 2))
+    got = train.bootstrap(sets, a, b, 40, seed=3)
+    for kind, values in zip(("all", "mono"), zip(*draws)):
+        bounds = [np.interp(share * 39, range(40), sorted(values)) for share in (0.025, 0.975)]
+        assert got[kind][1:] == pytest.approx(bounds)
+    assert train.bootstrap.__defaults__ == (1000, 0)
+
+
+def test_similarity_of_the_demo():
     m = demo.Meaning("one", "man", "tired", "read", "book", "-", "park")
     assert demo.similarity(m, m) == 5 == sum(demo.WEIGHTS)
     assert (
@@ -2028,13 +1625,15 @@ def test_scores():
 
 
 # --------------------------------------------------------------------------------------- the README
-def test_audit_table_of_the_readme():
-    """Every function and every test that it names exists."""
+def test_readme_audit_table_names_what_exists():
+    """Every function, and every test, here or in tests/."""
     text = (HERE / "README.md").read_text("utf-8")
-    rows = re.findall(r"\| `(\w+)\.([\w.]+)` \| (`test_.*) \|", text)
+    rows = re.findall(r"\| `(\w+)\.([\w.]+)` \| (`test_[^|]*) \|", text)
     assert len(rows) > 20
+    files = [HERE / "test_msd.py", *(HERE / "tests").glob("test_*.py")]
+    known = {n for f in files for n in re.findall(r"^def (test_\w+)", f.read_text("utf-8"), re.M)}
     for module, path, tests in rows:
         node = ast.parse((HERE / f"{module}.py").read_text("utf-8"))
         for name in path.split("."):
             node = next(n for n in node.body if getattr(n, "name", None) == name)
-        assert all(callable(globals().get(t)) for t in re.findall(r"`(\w+)`", tests)), tests
+        assert set(re.findall(r"`(\w+)`", tests)) <= known, tests
