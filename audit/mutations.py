@@ -5,7 +5,7 @@
 WORD: only changes whose row, file or text holds it. --list: say them, run nothing. --rows: for each
 row of the README's audit table, how many changes there are and the tests that must fail.
 
-The changes stand in table.py. Each is made in a copy of the tree without anything beside it, so
+The changes stand in table.txt. Each is made in a copy of the tree without anything beside it, so
 that what needs other people's numbers skips there and proves nothing. Then the tests that it names
 run, each must fail, and in its own body: not in an import, a fixture or on an unknown name. First
 all of them must pass on the copy as it is. A change that no longer fits the code is an error.
@@ -25,19 +25,27 @@ import time
 from collections import Counter, deque
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from table import ROWS  # noqa: E402
-
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 120  # a change may take; more counts as survived
 UNFAIR = ("NameError", "ImportError", "ModuleNotFoundError", "SyntaxError", "AttributeError")
 
 
 def changes():
-    """Every change of the table: (row, file, old text, new text, names of tests)."""
-    for row, tests, *entries in ROWS:
-        for file, old, new, *own in entries:
-            yield row, file, old, new, (own[0] if own else tests).split()
+    """Every change of table.txt: (row, file, old text, new text, names of tests)."""
+    row = file = tests = None
+    old, new = [], []
+    lines = (ROOT / "audit" / "table.txt").read_text("utf-8").splitlines()
+    for line in [*lines[lines.index("") :], "# end"]:
+        kind, text = line[:1], line[2:]
+        if new and kind != "+":
+            yield row, file, "\n".join(old), "\n".join(new), tests
+            old, new = [], []
+        if kind == "#":
+            row = text
+        elif kind == "@":
+            file, *tests = text.split()
+        elif kind:
+            (old if kind == "-" else new).append(text)
 
 
 def shown(change):
@@ -232,7 +240,6 @@ def warm_up():
     import tokenizers  # noqa: F401
     import torch
     import torch._dynamo  # noqa: F401
-    import torch.distributed
     import torch.nn.parallel  # noqa: F401
 
     torch.set_num_threads(1)

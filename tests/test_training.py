@@ -1,6 +1,5 @@
-"""The loop, its checkpoint, and what every stage gets: pairs, targets, dev, its share of a batch."""
+"""The loop, its checkpoint, and what every stage gets: pairs, targets, dev, a share of a batch."""
 
-import json
 import math
 import multiprocessing
 import os
