@@ -1285,7 +1285,7 @@ def test_stages_get_their_inputs_and_targets(world, finished, stage, monkeypatch
 def script(path, body):
     return write(
         path,
-        f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport train\n"
+        f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport model as M, train\n"
         f"from tools.cli import run_cli\n{body}\nrun_cli(train.main)\n",
     )
 
