@@ -409,7 +409,7 @@ def test_train_stage_gives_each_pair_its_target(stage, models, small, monkeypatc
     assert (fit.name, fit.lr) == (f"stage {stage}", STAGE["lr"][stage - 1])
     assert fit.steps == math.ceil(STAGE["epochs"][stage - 1] * one_pass)
     kind = {1: "teacher", 2: "assistant", 3: "assistant", 4: "teacher"}[stage]
-    source = M.load(models[kind], "float32", max_tokens=run.args.max_tokens)
+    source = M.load(models[kind], "float32")
     known = texts_of(fit.model, {t for pair in run.pairs[stage] for t in pair})
     calls, model = caught_losses(monkeypatch), fit.model.eval()
     corpus_pairs = train.stage_pairs(run, stage)
