@@ -559,7 +559,14 @@ def test_principal_directions_of_a_damaged_table():
 def test_make_assistant_starts_pieces_from_the_teachers(tokenizer, model_type):
     """Each at the mean of the teacher's pieces for its text, with the space before it; special
     tokens at the teacher's, the pad row at 0; the body is the teacher's."""
-    T = tiny(tokenizer, model_type=model_type, normalize=True, prompt="query: ")
+    raw = tokenizer.to_str()
+    if model_type == "bert":  # whose special tokens have names of their own
+        names = {"<s>": "[CLS]", "<pad>": "[PAD]", "</s>": "[SEP]", "<unk>": "[UNK]"}
+        raw = re.sub("<s>|<pad>|</s>|<unk>", lambda m: names[m[0]], raw)
+    T = tiny(
+        tokenizers.Tokenizer.from_str(raw), model_type=model_type, normalize=True, prompt="q: "
+    )
+    T.embeddings.word.weight.data[1] = 5.0
     texts = ["a man reads a book", "ein Mann liest ein Buch", "Q"] * 3
     new = data.train_tokenizer(texts, 120, lower_case=False)
     A = msd.make_assistant(T, new)
