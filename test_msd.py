@@ -609,7 +609,7 @@ def test_make_assistant_starts_pieces_from_the_teachers(tokenizer, model_type):
         alone += not ids
         want = word[ids].mean(0) if ids else word.mean(0)
         assert torch.allclose(rows[i], want, atol=1e-6), piece
-    assert several > 10 and (alone > 0) == (model_type == "bert")
+    assert several > 3 and (alone > 0) == (model_type == "bert")
     start, *_, end = T.tokenizer.encode("").ids
     for name, i in (("<s>", start), ("</s>", end), ("<unk>", 3)):
         assert torch.equal(rows[new.token_to_id(name)], word[i])
