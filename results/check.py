@@ -1,0 +1,233 @@
+"""Compute every figure of the results' tables again, from the files of the runs.
+
+    python results/check.py
+
+In results/*.md a row's last column, `file`, says which runs of real/ it shows: `student-{0,1,2}`
+are three seeds, `all: assistant` is the row "assistant" of all.json, without it the run's last.
+Several are joined by " + ". The README's table says the same in a comment above it, row by row,
+"-" for none. A table without that column says "no file" in the lines above it.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?")
+SETTINGS = ("flags", "layers", "seconds", "chosen on")  # columns that no file is asked for
+COMMENT = "<!-- files: "
+
+
+class Row:
+    """One row of one run's table: what the columns are computed from."""
+
+    def __init__(self, run, key=None):
+        self.run = json.loads((HERE / f"real/{run}.json").read_text(encoding="utf-8"))
+        self.rows, self.arguments = self.run["rows"], self.run["arguments"]
+        self.key = key or list(self.rows)[-1]
+        self.row = self.rows[self.key]
+
+    def total(self):
+        return self.row["sizes"]["total"]
+
+    def base(self, cut=False):
+        """The assistant: whole, or as its vocabulary was cut."""
+        key = "assistant, given"
+        base = Row.__new__(Row)
+        base.row = self.rows["assistant" if cut or key not in self.rows else key]
+        return base
+
+    def mean(self, kind):
+        """Mean Spearman of the sets named A-B: mono A = B, cross A != B."""
+        sets = self.row["spearman"]
+        same = {name: len(set(name.split("-"))) == 1 for name in sets}
+        return float(np.mean([v for name, v in sets.items() if same[name] == (kind == "mono")]))
+
+    def accuracy(self, side):
+        return float(np.mean([both[side] for both in self.row["accuracy"].values()]))
+
+    def stages(self):
+        """[(number, steps)] up to this row; none of a row that the run did not train."""
+        made = [(int(s["stage"][-1]), s["steps"]) for s in self.run["stages"]]
+        if self.key.startswith("student, stage"):
+            return [(n, steps) for n, steps in made if n <= int(self.key[-1])]
+        return made if self.key == "assistant" and made[-1][0] == 1 else []
+
+    def passes(self):
+        return sum(self.arguments["epochs"][n - 1] for n, _ in self.stages())
+
+    def pairs(self):
+        """(least, most) pairs seen: a stage's last batch may be a part of one."""
+        batches = [(steps, self.arguments["batch"][n - 1]) for n, steps in self.stages()]
+        most = sum(steps * size for steps, size in batches)
+        return max(most - sum(size - 1 for _, size in batches), 0), most
+
+    def int8(self):
+        """Megabytes of the weights in int8, by count: a float32 a row of a matrix and a vector."""
+        hidden, positions = 384, 512
+        layer = 12 * hidden**2 + 13 * hidden  # matrices and biases, two LayerNorms
+        sizes, b = self.row["sizes"], self.arguments["bottleneck"]
+        table = sizes["embedding"] - hidden * b - (positions + 2 + 2) * hidden
+        rows = table // b + hidden + positions + 2
+        k = sizes["layers"] // layer
+        return (self.total() + 4 * rows + 3 * 2 * hidden + k * (4 * 9 + 3 * 13) * hidden) / 1e6
+
+
+def seeds(text):
+    """[Row] of a cell such as `a-{0,1}: student, stage 3 + b`."""
+    found = []
+    for part in text.replace("`", "").split(" + "):
+        name, _, key = part.strip().partition(": ")
+        head, _, rest = name.partition("{")
+        middle, _, tail = rest.partition("}")
+        found += [Row(head + x + tail, key or None) for x in middle.split(",")]
+    return found
+
+
+def percent_of(kind, cut=False):
+    return lambda r: 100 * r.mean(kind) / r.base(cut).mean(kind)
+
+
+def resamples(rows, kind):
+    """(lowest, highest) end of 95 % of the paired resamples, over the seeds."""
+    ends = [r.run["bootstrap"][kind] for r in rows]
+    return min(e[1] for e in ends), max(e[2] for e in ends)
+
+
+COLUMNS = {  # header: the figure of one run
+    "parameters": Row.total,
+    "share": lambda r: 100 * r.total() / r.base().total(),
+    "smaller by": lambda r: 100 - 100 * r.total() / r.base().total(),
+    "B": lambda r: r.arguments["bottleneck"],
+    "passes": Row.passes,
+    "int8, MB": Row.int8,
+    "en-en": lambda r: r.row["spearman"]["en-en"],
+    "mono": lambda r: r.mean("mono"),
+    "cross": lambda r: r.mean("cross"),
+    "en→xx": lambda r: r.accuracy(0),
+    "xx→en": lambda r: r.accuracy(1),
+    "mono, % of A": percent_of("mono"),
+    "cross, % of A": percent_of("cross"),
+    "mono, % of cut A": percent_of("mono", cut=True),
+    "cross, % of cut A": percent_of("cross", cut=True),
+}
+
+
+def shown_as(cell, values):
+    """The values as the cell shows its figures: a list, mean ± deviation, or mean."""
+    first = NUMBER.search(cell)[0]
+    decimals = len(first.partition(".")[2])
+    spec = ("+" if first[0] in "+-" and "," not in first else "") + f",.{decimals}f"
+    if "±" in cell:
+        deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
+        return f"{np.mean(values):{spec}} ± {deviation:.{decimals}f}"
+    if len(NUMBER.findall(cell)) > 1:
+        return " ".join(f"{v:{spec}}" for v in values)
+    return f"{np.mean(values):{spec}}"
+
+
+def expected(header, cell, rows, first):
+    """What the cell should say, by the files; rows: its runs, first: the table's first ones."""
+    kind, _, how = header.partition(", ")
+    if header == "seeds":
+        return str(len(rows))
+    if header == "git":
+        return ", ".join(dict.fromkeys(r.run["git"].removesuffix("-dirty") for r in rows))
+    if header == "pairs":
+        low, high = rows[0].pairs()
+        seen = int(cell.replace(",", ""))
+        return cell if low <= seen <= high else f"{low:,} to {high:,}"
+    if how == "resamples":
+        return "{:+.1f} to {:+.1f}".format(*resamples(rows, kind))
+    if how == "less the first":
+        values = [a.mean(kind) - b.mean(kind) for a, b in zip(rows, first)]
+        return shown_as(cell, values)
+    return shown_as(cell, [COLUMNS[header](r) for r in rows])
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def tables(text):
+    """(line number, lines above, header, rows) of each table; a line that begins with |."""
+    lines, at = text.splitlines(), 0
+    while at < len(lines):
+        if not lines[at].startswith("|"):
+            at += 1
+            continue
+        end = next((i for i in range(at, len(lines)) if not lines[i].startswith("|")), len(lines))
+        above = "\n".join(lines[max(at - 4, 0) : at])
+        yield at + 1, above, cells(lines[at]), [cells(line) for line in lines[at + 2 : end]]
+        at = end
+
+
+def figures(cell):
+    return len(NUMBER.findall(cell))
+
+
+def plain(cell):
+    return re.sub(r"[*%()]|(?<=\d)[,;](?= )", "", cell).strip()
+
+
+def check_table(header, rows, files):
+    """(figures checked, figures without a file, mistakes as texts) of a table with files."""
+    checked, without, wrong, first = 0, 0, [], None
+    for n, (row, file) in enumerate(zip(rows, files), 1):
+        named = dict(zip(header[1:], row[1:]))
+        named.pop("file", None)
+        asked = {h: c for h, c in named.items() if not h.startswith(SETTINGS) and figures(c)}
+        if file == "-":
+            without += sum(figures(c) for c in asked.values())
+            continue
+        runs = seeds(file)
+        first = first or runs
+        for head, cell in asked.items():
+            checked += figures(cell)
+            try:
+                right = expected(head, plain(cell), runs, first)
+            except KeyError as e:
+                wrong.append(f"row {n}, {row[0]}: column {head!r} is in no file ({e})")
+                continue
+            if right != plain(cell):
+                wrong.append(f"row {n}, {row[0]}: {head} is {cell}, by {file} it is {right}")
+    return checked, without, wrong
+
+
+def check_page(text):
+    """(figures checked, figures without a file, mistakes) of a page's tables."""
+    checked, without, wrong = 0, 0, []
+    for at, above, header, rows in tables(text):
+        if header[-1] == "file":
+            files = [row[-1] for row in rows]
+        elif COMMENT in above:
+            files = above.split(COMMENT)[1].split(" -->")[0].split("; ")
+        else:
+            without += sum(figures(cell) for row in rows for cell in row[1:])
+            if "no file" not in above:
+                wrong.append(f"line {at}: the table names no files and does not say so")
+            continue
+        if len(files) != len(rows):
+            wrong.append(f"line {at}: {len(files)} files for {len(rows)} rows")
+            continue
+        some = check_table(header, rows, files)
+        checked, without = checked + some[0], without + some[1]
+        wrong += [f"table of line {at}, {text}" for text in some[2]]
+    return checked, without, wrong
+
+
+def main():
+    pages = sorted(HERE.glob("*.md"))
+    wrong = []
+    for page in pages:
+        checked, without, mistakes = check_page(page.read_text(encoding="utf-8"))
+        print(f"{page.name}: {checked} figures checked, {without} without a file")
+        wrong += [f"{page.name}, {text}" for text in mistakes]
+    sys.exit("\n".join(wrong) or None)
+
+
+if __name__ == "__main__":
+    main()
