@@ -8,6 +8,7 @@ Several are joined by " + ". The README's table says the same in a comment above
 "-" for none. A table without that column says "no file" in the lines above it.
 """
 
+import functools
 import json
 import re
 import sys
@@ -17,63 +18,83 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?")
-SETTINGS = ("flags", "layers", "seconds", "chosen on")  # columns that no file is asked for
+SETTINGS = ("layers", "seconds", "chosen on")  # columns that no file is asked for
 COMMENT = "<!-- files: "
+
+
+@functools.cache
+def read(name):
+    return json.loads((HERE / f"real/{name}.json").read_text(encoding="utf-8"))
 
 
 class Row:
     """One row of one run's table: what the columns are computed from."""
 
-    def __init__(self, run, key=None):
-        self.run = json.loads((HERE / f"real/{run}.json").read_text(encoding="utf-8"))
-        self.rows, self.arguments = self.run["rows"], self.run["arguments"]
-        self.key = key or list(self.rows)[-1]
-        self.row = self.rows[self.key]
+    def __init__(self, name, key=None):
+        self.name, self.run = name, read(name)
+        self.key = key or list(self.run["rows"])[-1]
+        self.row = self.run["rows"][self.key]
 
     def total(self):
         return self.row["sizes"]["total"]
 
-    def base(self, cut=False):
-        """The assistant: whole, or as its vocabulary was cut."""
-        key = "assistant, given"
-        base = Row.__new__(Row)
-        base.row = self.rows["assistant" if cut or key not in self.rows else key]
-        return base
+    def assistant(self, cut=False):
+        """The run's assistant, with its whole vocabulary or as the run cut it."""
+        whole = "assistant, given"
+        return Row(self.name, "assistant" if cut or whole not in self.run["rows"] else whole)
 
     def mean(self, kind):
         """Mean Spearman of the sets named A-B: mono A = B, cross A != B."""
-        sets = self.row["spearman"]
-        same = {name: len(set(name.split("-"))) == 1 for name in sets}
-        return float(np.mean([v for name, v in sets.items() if same[name] == (kind == "mono")]))
+        sets = self.row["spearman"].items()
+        languages = {"mono": 1, "cross": 2}[kind]
+        return float(np.mean([v for name, v in sets if len(set(name.split("-"))) == languages]))
+
+    def spearman(self, name):
+        return self.row["spearman"][name]
 
     def accuracy(self, side):
         return float(np.mean([both[side] for both in self.row["accuracy"].values()]))
 
+    def share(self):
+        return 100 * self.total() / self.assistant().total()
+
+    def percent(self, kind, cut=False):
+        return 100 * self.mean(kind) / self.assistant(cut).mean(kind)
+
+    def difference(self, kind):
+        return self.mean(kind) - self.assistant(cut=True).mean(kind)
+
     def stages(self):
-        """[(number, steps)] up to this row; none of a row that the run did not train."""
+        """[(number, steps)] that the run made up to this row; none of what it was given."""
         made = [(int(s["stage"][-1]), s["steps"]) for s in self.run["stages"]]
         if self.key.startswith("student, stage"):
             return [(n, steps) for n, steps in made if n <= int(self.key[-1])]
         return made if self.key == "assistant" and made[-1][0] == 1 else []
 
     def passes(self):
-        return sum(self.arguments["epochs"][n - 1] for n, _ in self.stages())
+        return sum(self.run["arguments"]["epochs"][n - 1] for n, _ in self.stages())
 
     def pairs(self):
         """(least, most) pairs seen: a stage's last batch may be a part of one."""
-        batches = [(steps, self.arguments["batch"][n - 1]) for n, steps in self.stages()]
+        batches = [(steps, self.run["arguments"]["batch"][n - 1]) for n, steps in self.stages()]
         most = sum(steps * size for steps, size in batches)
         return max(most - sum(size - 1 for _, size in batches), 0), most
 
-    def int8(self):
-        """Megabytes of the weights in int8, by count: a float32 a row of a matrix and a vector."""
-        hidden, positions = 384, 512
-        layer = 12 * hidden**2 + 13 * hidden  # matrices and biases, two LayerNorms
-        sizes, b = self.row["sizes"], self.arguments["bottleneck"]
-        table = sizes["embedding"] - hidden * b - (positions + 2 + 2) * hidden
-        rows = table // b + hidden + positions + 2
-        k = sizes["layers"] // layer
-        return (self.total() + 4 * rows + 3 * 2 * hidden + k * (4 * 9 + 3 * 13) * hidden) / 1e6
+    def bottleneck(self):
+        return self.run["arguments"]["bottleneck"]
+
+    def int8(self, hidden=384, positions=512):
+        """Megabytes of int8 weights, by count: each row and each vector keeps float32 numbers.
+
+        A layer has 12 hidden**2 numbers in matrices of 9 hidden rows, and 13 hidden in vectors.
+        """
+        sizes = self.row["sizes"]
+        layers = sizes["layers"] // (12 * hidden**2 + 13 * hidden)
+        others = (positions + 2) * hidden + 2 * hidden  # positions, token types, LayerNorm
+        pieces = (sizes["embedding"] - others) // self.bottleneck() - hidden
+        rows = pieces + hidden + positions + 2 + layers * 9 * hidden
+        vectors = (2 + 13 * layers) * hidden
+        return (self.total() + 4 * rows + 3 * vectors) / 1e6
 
 
 def seeds(text):
@@ -87,33 +108,31 @@ def seeds(text):
     return found
 
 
-def percent_of(kind, cut=False):
-    return lambda r: 100 * r.mean(kind) / r.base(cut).mean(kind)
-
-
 def resamples(rows, kind):
     """(lowest, highest) end of 95 % of the paired resamples, over the seeds."""
     ends = [r.run["bootstrap"][kind] for r in rows]
     return min(e[1] for e in ends), max(e[2] for e in ends)
 
 
+SETS = ("en-en", "ar-ar", "en-ar")
 COLUMNS = {  # header: the figure of one run
     "parameters": Row.total,
-    "share": lambda r: 100 * r.total() / r.base().total(),
-    "smaller by": lambda r: 100 - 100 * r.total() / r.base().total(),
-    "B": lambda r: r.arguments["bottleneck"],
+    "share": Row.share,
+    "smaller by": lambda r: 100 - r.share(),
+    "B": Row.bottleneck,
     "passes": Row.passes,
     "int8, MB": Row.int8,
-    "en-en": lambda r: r.row["spearman"]["en-en"],
-    "mono": lambda r: r.mean("mono"),
-    "cross": lambda r: r.mean("cross"),
+    "training, s": lambda r: sum(stage["seconds"] for stage in r.run["stages"]),
+    "threads": lambda r: r.run["threads"],
     "en→xx": lambda r: r.accuracy(0),
     "xx→en": lambda r: r.accuracy(1),
-    "mono, % of A": percent_of("mono"),
-    "cross, % of A": percent_of("cross"),
-    "mono, % of cut A": percent_of("mono", cut=True),
-    "cross, % of cut A": percent_of("cross", cut=True),
 }
+COLUMNS |= {name: lambda r, name=name: r.spearman(name) for name in SETS}
+for KIND in ("mono", "cross"):
+    COLUMNS[KIND] = lambda r, kind=KIND: r.mean(kind)
+    COLUMNS[f"{KIND}, difference"] = lambda r, kind=KIND: r.difference(kind)
+    COLUMNS[f"{KIND}, % of A"] = lambda r, kind=KIND: r.percent(kind)
+    COLUMNS[f"{KIND}, % of cut A"] = lambda r, kind=KIND: r.percent(kind, cut=True)
 
 
 def shown_as(cell, values):
@@ -132,7 +151,7 @@ def shown_as(cell, values):
 def expected(header, cell, rows, first):
     """What the cell should say, by the files; rows: its runs, first: the table's first ones."""
     kind, _, how = header.partition(", ")
-    if header == "seeds":
+    if header in ("seeds", "number"):
         return str(len(rows))
     if header == "git":
         return ", ".join(dict.fromkeys(r.run["git"].removesuffix("-dirty") for r in rows))
@@ -207,7 +226,7 @@ def check_page(text):
             files = above.split(COMMENT)[1].split(" -->")[0].split("; ")
         else:
             without += sum(figures(cell) for row in rows for cell in row[1:])
-            if "no file" not in above:
+            if "no file" not in above.lower():
                 wrong.append(f"line {at}: the table names no files and does not say so")
             continue
         if len(files) != len(rows):
