@@ -1,14 +1,20 @@
 """results/: the figures of the tables, the pictures."""
 
+import json
+import math
 import re
+import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "results"))
 import check  # noqa: E402 - found through the line above
+import pictures  # noqa: E402 - as above
+import plot  # noqa: E402 - as above
 
 
 @pytest.mark.parametrize("page", check.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -76,3 +82,62 @@ def test_every_file_is_shown():
                 shown |= {row.name for spec in specs for row in check.seeds(spec)}
     files = {f.stem for f in (ROOT / "results/real").glob("*.json")} - {"peers"}
     assert files == shown
+
+
+@pytest.mark.parametrize("name", ["method", "quality"])
+def test_pictures_are_those_of_the_files(name):
+    made = str(getattr(pictures, name)())
+    file = ROOT / f"results/{name}.svg"
+    assert made == file.read_text(encoding="utf-8"), "run: python results/pictures.py"
+
+
+def labels(picture):
+    """(x, text, anchor, size) of each text of a picture, which must be sound XML."""
+    for e in ElementTree.fromstring(str(picture)).iter("{http://www.w3.org/2000/svg}text"):
+        yield float(e.get("x")), e.text, e.get("text-anchor"), float(e.get("font-size"))
+
+
+@pytest.mark.parametrize("name", ["method", "quality"])
+def test_picture_text_is_large_and_inside(name):
+    picture = getattr(pictures, name)()
+    for x, text, anchor, size in labels(picture):
+        width = 0.55 * size * len(text)
+        left = x - width * {"start": 0, "middle": 0.5, "end": 1}[anchor]
+        assert left > 0 and left + width < picture.size[0], text
+        assert size >= 14 * picture.size[0] / 800, text
+
+
+def write_log(folder, *entries):
+    lines = [json.dumps(e) + "\n" for e in entries]
+    (folder / "log.jsonl").write_text("".join([*lines, '{"stage": "st']), encoding="utf-8")
+
+
+def test_plot_draws_stages_terms_and_dev(tmp_path):
+    def step(stage, n, **terms):
+        return {"stage": stage, "step": n, **terms, "lr": 1e-3, "norm": 1.0, "tokens_per_s": 9}
+
+    write_log(
+        tmp_path,
+        {"data": []},
+        *[step("stage 3", n, loss=0.3 / (n + 1), en=0.1, tr=0.2) for n in range(3)],
+        {"stage": "stage 3", "step": 2, "dev": 0.25},
+        {"stage": "stage 3", "done": True, "steps": 3, "seconds": 1.0, "best_dev": 0.25},
+        *[step("stage 4", n, loss=math.nan, en=0.1, tr=0.2, mcl=0.3) for n in range(2)],
+    )
+    found = {name: plot.curves(entries) for name, entries in plot.read_log(tmp_path).items()}
+    assert found["stage 3"]["loss"] == [(1, 0.3), (2, 0.15), (3, pytest.approx(0.1))]
+    assert found["stage 3"]["dev"] == [(3, 0.25)]
+    assert found["stage 4"].keys() == {"en", "tr", "mcl"}  # a loss that is no number is left out
+    command = [sys.executable, ROOT / "results/plot.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(tmp_path / "log.svg")
+    texts = [text for _, text, *_ in labels((tmp_path / "log.svg").read_text(encoding="utf-8"))]
+    assert {"stage 3", "stage 4", "loss", "en", "tr", "mcl", "dev"} <= set(texts)
+
+
+def test_plot_says_what_is_missing(tmp_path):
+    with pytest.raises(SystemExit, match="log.jsonl is not there"):
+        plot.draw(tmp_path)
+    write_log(tmp_path, {"data": []})
+    with pytest.raises(SystemExit, match="no step yet"):
+        plot.draw(tmp_path)
