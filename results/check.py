@@ -84,6 +84,10 @@ class Row:
     def bottleneck(self):
         return self.run["arguments"]["bottleneck"]
 
+    def shipped(self):
+        """Megabytes of weights: an assistant's in float32, a student's in int8."""
+        return self.int8() if "student" in self.key else 4 * self.total() / 1e6
+
     def int8(self, hidden=384, positions=512):
         """Megabytes of int8 weights, by count: each row and each vector keeps float32 numbers.
 
@@ -123,6 +127,7 @@ COLUMNS = {  # header: the figure of one run
     "B": Row.bottleneck,
     "passes": Row.passes,
     "int8, MB": Row.int8,
+    "MB": Row.shipped,
     "training, s": lambda r: sum(stage["seconds"] for stage in r.run["stages"]),
     "threads": lambda r: r.run["threads"],
     "en→xx": lambda r: r.accuracy(0),
