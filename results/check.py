@@ -5,7 +5,7 @@
 In results/*.md a row's last column, `file`, says which runs of real/ it shows: `student-{0,1,2}`
 are three seeds, `all: assistant` is the row "assistant" of all.json, without it the run's last.
 Several are joined by " + ". The README's table says the same in a comment above it, row by row,
-"-" for none. A table without that column says "no file" in the lines above it.
+"-" for none. A table without that column says "no file" in the paragraph above it.
 """
 
 import functools
@@ -178,14 +178,14 @@ def cells(line):
 
 
 def tables(text):
-    """(line number, lines above, header, rows) of each table; a line that begins with |."""
+    """(line number, paragraph above, header, rows) of each table: lines that begin with |."""
     lines, at = text.splitlines(), 0
     while at < len(lines):
         if not lines[at].startswith("|"):
             at += 1
             continue
         end = next((i for i in range(at, len(lines)) if not lines[i].startswith("|")), len(lines))
-        above = "\n".join(lines[max(at - 4, 0) : at])
+        above = "\n".join(lines[:at]).rstrip().split("\n\n")[-1]
         yield at + 1, above, cells(lines[at]), [cells(line) for line in lines[at + 2 : end]]
         at = end
 
