@@ -185,7 +185,7 @@ def tables(text):
             at += 1
             continue
         end = next((i for i in range(at, len(lines)) if not lines[i].startswith("|")), len(lines))
-        above = "\n".join(lines[:at]).rstrip().split("\n\n")[-1]
+        above = " ".join("\n".join(lines[:at]).rstrip().split("\n\n")[-1].split())
         yield at + 1, above, cells(lines[at]), [cells(line) for line in lines[at + 2 : end]]
         at = end
 
@@ -198,27 +198,36 @@ def plain(cell):
     return re.sub(r"[*%()]|(?<=\d)[,;](?= )", "", cell).strip()
 
 
+def check_row(row, columns, runs, first):
+    """What is wrong in a row, as texts; columns: {header: cell} to check."""
+    for head, cell in columns.items():
+        try:
+            right = expected(head, plain(cell), runs, first)
+        except KeyError as e:
+            yield f"{row[0]}: column {head!r} is in no file ({e})"
+            continue
+        if right != plain(cell):
+            yield f"{row[0]}: {head} is {cell}, by {row[-1]} it is {right}"
+
+
 def check_table(header, rows, files):
     """(figures checked, figures without a file, mistakes as texts) of a table with files."""
     checked, without, wrong, first = 0, 0, [], None
-    for n, (row, file) in enumerate(zip(rows, files), 1):
-        named = dict(zip(header[1:], row[1:]))
-        named.pop("file", None)
-        asked = {h: c for h, c in named.items() if not h.startswith(SETTINGS) and figures(c)}
+    for row, file in zip(rows, files):
+        columns = dict(zip(header[1:], row[1:]))
+        columns.pop("file", None)
+        columns = {h: c for h, c in columns.items() if not h.startswith(SETTINGS) and figures(c)}
+        count = sum(figures(cell) for cell in columns.values())
         if file == "-":
-            without += sum(figures(c) for c in asked.values())
+            without += count
             continue
-        runs = seeds(file)
-        first = first or runs
-        for head, cell in asked.items():
-            checked += figures(cell)
-            try:
-                right = expected(head, plain(cell), runs, first)
-            except KeyError as e:
-                wrong.append(f"row {n}, {row[0]}: column {head!r} is in no file ({e})")
-                continue
-            if right != plain(cell):
-                wrong.append(f"row {n}, {row[0]}: {head} is {cell}, by {file} it is {right}")
+        try:
+            runs = seeds(file)
+        except (OSError, KeyError) as e:
+            wrong.append(f"{row[0]}: {file}: there is no such run, or row of it ({e})")
+            continue
+        checked, first = checked + count, first or runs
+        wrong += check_row(row, columns, runs, first)
     return checked, without, wrong
 
 

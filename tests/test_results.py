@@ -73,6 +73,12 @@ def test_check_page_names_an_unknown_column():
     assert "'speed'" in check.check_page(table)[2][0]
 
 
+def test_check_page_names_a_missing_file_or_row():
+    table = "| | mono | file |\n|---|---|---|\n| a | 1.0 | `{}` |\n"
+    assert "gone.json" in check.check_page(table.format("gone"))[2][0]
+    assert "student, stage 9" in check.check_page(table.format("all: student, stage 9"))[2][0]
+
+
 def test_every_file_is_shown():
     shown = set()
     for page in check.PAGES:
