@@ -198,16 +198,16 @@ def plain(cell):
     return re.sub(r"[*%()]|(?<=\d)[,;](?= )", "", cell).strip()
 
 
-def check_row(row, columns, runs, first):
+def check_row(name, file, columns, runs, first):
     """What is wrong in a row, as texts; columns: {header: cell} to check."""
     for head, cell in columns.items():
         try:
             right = expected(head, plain(cell), runs, first)
         except KeyError as e:
-            yield f"{row[0]}: column {head!r} is in no file ({e})"
+            yield f"{name}: column {head!r} is in no file ({e})"
             continue
         if right != plain(cell):
-            yield f"{row[0]}: {head} is {cell}, by {row[-1]} it is {right}"
+            yield f"{name}: {head} is {cell}, by {file} it is {right}"
 
 
 def check_table(header, rows, files):
@@ -227,7 +227,7 @@ def check_table(header, rows, files):
             wrong.append(f"{row[0]}: {file}: there is no such run, or row of it ({e})")
             continue
         checked, first = checked + count, first or runs
-        wrong += check_row(row, columns, runs, first)
+        wrong += check_row(row[0], file, columns, runs, first)
     return checked, without, wrong
 
 
