@@ -147,3 +147,35 @@ def test_plot_says_what_is_missing(tmp_path):
     write_log(tmp_path, {"data": []})
     with pytest.raises(SystemExit, match="no step yet"):
         plot.draw(tmp_path)
+
+
+def test_plot_draws_a_finished_run(finished, world):
+    """The names in the log are those that train.py writes."""
+    picture = plot.draw(world / "whole")
+    texts = [text for _, text, *_ in labels(picture)]
+    assert [f"stage {n}" for n in (1, 2, 3, 4)] == [t for t in texts if t.startswith("stage")]
+    assert texts.count("dev") == texts.count("loss") == 4 and texts.count("mcl") == 1
+    unknown = {e for log in plot.read_log(world / "whole").values() for e in plot.curves(log)}
+    assert unknown <= {*plot.COLOURS, "dev"}
+
+
+def script(name, *args):
+    command = [sys.executable, ROOT / f"results/{name}.py", *args]
+    done = subprocess.run([str(a) for a in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_device_measures(world):
+    """It runs: what it measures is of no use here."""
+    pairs, small = world / "d/en-de.tsv", ["--batch", 4, "--seconds", 0, "--lines", 32]
+    out = script("device", world / "teacher", pairs, *small)
+    assert "encoding, here, float32:" in out and "targets:" in out
+    assert "training, 4 pairs, each side in a call of its own:" in out
+
+
+def test_memory_measures(world):
+    row = script("memory", world / "teacher", "--rounds", 1).splitlines()[-1]
+    cells = [c.strip() for c in row.strip("|").split("|")]
+    size = sum(f.stat().st_size for f in (world / "teacher").glob("*.safetensors"))
+    assert cells[:2] == ["teacher", f"{size / 1e6:.1f}"] and len(cells) == 6
