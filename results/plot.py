@@ -38,9 +38,9 @@ def curves(entries):
     """{term, or "dev": [(step, value)]}, steps counted from 1; only what a logarithm takes."""
     found = {}
     for entry in entries:
-        for name in entry.keys() - OTHERS:
-            if isinstance(entry[name], float) and 0 < entry[name] < math.inf:
-                found.setdefault(name, []).append((entry["step"] + 1, entry[name]))
+        for name, value in entry.items():
+            if name not in OTHERS and isinstance(value, float) and 0 < value < math.inf:
+                found.setdefault(name, []).append((entry["step"] + 1, value))
     return found
 
 
@@ -79,7 +79,7 @@ def draw(folder):
     picture = Picture(WIDTH * columns, height, f"{Path(folder).name}: losses and dev readings")
     for n, (stage, found) in enumerate(stages.items()):
         panel(picture, n % columns * WIDTH, n // columns * HEIGHT, stage, found)
-    note = "Steps from left to right. Green dots: dev readings, the best of them full."
+    note = "en, tr, mcl: terms of the loss. Dots: dev, the best reading full."
     picture.text(12, height - 12, note, 13, colour="faint")
     return picture
 
