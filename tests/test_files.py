@@ -189,7 +189,7 @@ def test_text_and_config_fuzz(tmp_path, tokenizer):
                 write(tmp_path / "m" / "config.json", mutate(rng, config))
                 said = M.collect(tmp_path / "m")
                 said |= checkpoints.complete(said, shapes, "config.json")
-                c = M.configure(tmp_path / "m", said, 1)
+                c = M.check_config(tmp_path / "m", said, 1)
                 assert (c.vocab_size, c.num_hidden_layers) == (
                     table[0],
                     4,

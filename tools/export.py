@@ -16,7 +16,8 @@ from torch import nn
 
 import model as M
 from data import atomic
-from model import ACTIVATIONS, InputError, Linear, ledger, need, read_json, reading
+from model import ACTIVATIONS, InputError, Linear, need, read_json, reading
+from msd import ledger
 from tools.checkpoints import POOLING, load
 
 FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}  # in class names
