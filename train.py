@@ -38,6 +38,8 @@ import model as M
 import msd
 from demo import corpus as demo
 from model import need, put
+from tools import checkpoints
+from tools.cli import Parser, run_cli
 
 SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
 EVALS = 4  # dev evaluations a stage; the best one's weights are kept
@@ -85,7 +87,7 @@ def parser():
     """Every flag there is. Those that a preset sets are None here; parse() fills them in."""
     raw = argparse.RawDescriptionHelpFormatter
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    ap = M.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    ap = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     files = {"nargs": "+", "action": "extend", "default": [], "metavar": "GLOB"}
     each = functools.partial(number, by_stage=True)
     add = ap.add_argument_group("your data").add_argument
@@ -222,14 +224,14 @@ class Run:
         with self.main_process_first() as is_main:
             if is_main and not (folder.exists() or self.trained):
                 model = make()
-                if not folder.exists():  # the same command, running twice, may be faster
-                    model.save(folder)
+                with data.atomic(folder) as tmp:  # of two such commands the faster one is taken
+                    model.save(tmp)
         return folder
 
     def load(self, folder, train=False):
         """A model with this run's arithmetic; --max-tokens and, in training, --dropout apply."""
         a = self.args
-        return M.load(folder, a.dtype, a.device, train, a.dropout, a.max_tokens)
+        return checkpoints.load(folder, a.dtype, a.device, train, a.dropout, a.max_tokens)
 
 
 def keep_memory():
@@ -250,9 +252,9 @@ def run_identity(run):
     files = {flag: expand(getattr(args, flag), f"--{flag}") for flag in ("train", "extra", "dev")}
     if args.sts:
         files["sts"] = [f for f in Path(args.sts).glob("[!.]*") if f.is_file()]
-    now |= {flag: sorted((f.name, M.digest(f)) for f in some) for flag, some in files.items()}
+    now |= {flag: sorted((f.name, data.digest(f)) for f in some) for flag, some in files.items()}
     models = {k: now[k] for k in ("teacher", "assistant") if now[k]}
-    now |= {flag: (Path(f).name, M.fingerprint(f)) for flag, f in models.items()}
+    now |= {flag: (Path(f).name, checkpoints.fingerprint(f)) for flag, f in models.items()}
     now = json.loads(json.dumps(now))  # as a file gives it back
     before = M.read_json(file) if file.exists() else now
     for key in sorted(now | before):
@@ -278,7 +280,7 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
     eval_steps = {math.ceil(steps * (i + 1) / EVALS) for i in range(EVALS)} if dev_loss else ()
     with deferred_signals() as caught:
         for step in range(training.restore(), steps):
-            seed = M.digest(run.args.seed, name, step, run.rank)  # of dropout
+            seed = data.digest(run.args.seed, name, step, run.rank)  # of dropout
             torch.manual_seed(int(seed[:15], 16))
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate_at(step, steps)
@@ -372,7 +374,9 @@ class Training:
         meta = {"stage": self.name, "step": step, "best": self.best_loss, "seconds": self.seconds()}
         with self.run.main_process_first() as is_main:
             if is_main:
-                M.write_safetensors(self.file, self.tensors, {k: str(v) for k, v in meta.items()})
+                meta = {k: str(v) for k, v in meta.items()}
+                with data.atomic(self.file) as tmp:
+                    M.write_safetensors(tmp, self.tensors, meta)
         self.saved = time.monotonic()
 
     def restore(self):
@@ -391,7 +395,7 @@ class Training:
         if self.run.rank == 0:  # the log forgets what came after the checkpoint
             log = read_log(self.run.out)
             log = [e for e in log if e.get("stage") != self.name or e.get("step", step) < step]
-            with M.atomic(self.run.out / "log.jsonl") as tmp:
+            with data.atomic(self.run.out / "log.jsonl") as tmp:
                 tmp.write_text("".join(json.dumps(e) + "\n" for e in log), "utf-8")
         return step
 
@@ -503,7 +507,7 @@ def stage_batches(run, stage, model, corpus, pairs, source, epochs=None):
     steps = math.ceil((epochs or 1) * len(one_pass))
     seen = pairs[np.concatenate(one_pass[:steps])]  # (m, 2)
     wanted = np.unique(seen if spec.per_side else seen[:, 0])
-    name = M.fingerprint(source)
+    name = checkpoints.fingerprint(source)
     with run.main_process_first():
         targets = data.vectors(
             corpus, wanted, run.load(source), name, args.cache, spec.embeddings_only
@@ -640,7 +644,7 @@ def read_inputs(run):
 def write_run_json(run):
     """Note what this run is, once its inputs are known: a mistyped path leaves nothing behind."""
     if run.rank == 0 and not (run.out / "run.json").exists():
-        with M.atomic(run.out / "run.json") as tmp:
+        with data.atomic(run.out / "run.json") as tmp:
             tmp.write_text(json.dumps(run.identity, indent=1), "utf-8")
         run.log(data=run.corpus.report)
 
@@ -685,7 +689,7 @@ def describe_vectors(v):
 def start_assistant(run, teacher_folder):
     """The teacher's body with a vocabulary learnt from the training text."""
     args, corpus = run.args, run.corpus
-    teacher = M.load(teacher_folder, "float32", "cpu", train=True)
+    teacher = checkpoints.load(teacher_folder, "float32", "cpu", train=True)
     lower_case = np.array_equal(teacher.tokenize(["A"])[0], teacher.tokenize(["a"])[0])
     some = np.random.default_rng(0).permutation(len(corpus.pairs))[: msd.ALIGNED_PAIRS]
     run.say(f"vocabulary: {args.vocab:,} pieces, begun by the alignment of {len(some):,} pairs")
@@ -696,7 +700,7 @@ def start_assistant(run, teacher_folder):
 
 def start_cut_assistant(run):
     """The given assistant with the --keep-vocab pieces that the training text uses most."""
-    assistant = M.load(run.args.assistant, "float32", "cpu", train=True)
+    assistant = checkpoints.load(run.args.assistant, "float32", "cpu", train=True)
     counts = piece_counts(run, assistant)
     tokenizer, kept = data.cut_vocabulary(assistant.tokenizer, counts, run.args.keep_vocab)
     for language, sides in run.dev.by_language().items() if run.dev else ():
@@ -839,11 +843,11 @@ def finish(run, models):
         "versions": {m.__name__: m.__version__ for m in (torch, tokenizers, np)},
         "git": subprocess.run("git describe --always --dirty", **git).stdout.strip() or None,
     }
-    with M.atomic(run.out / "results.json") as tmp:
+    with data.atomic(run.out / "results.json") as tmp:
         tmp.write_text(json.dumps(results, indent=1), "utf-8")
-    M.delete(run.out / "checkpoint.safetensors")
+    data.delete(run.out / "checkpoint.safetensors")
     if not run.args.keep:
-        M.delete(run.out / "stages")
+        data.delete(run.out / "stages")
     run.say(table(results))
 
 
@@ -905,4 +909,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    M.run_cli(main)
+    run_cli(main)

@@ -17,7 +17,7 @@ import torch
 
 import data
 import msd
-from model import Config, Encoder, InputError, atomic, put
+from model import Config, Encoder, InputError, put
 
 DEMO = Path(__file__).parent
 LANGUAGES = ("de", "es", "it", "fr", "ar", "tr", "nl")  # the paper's target languages
@@ -171,7 +171,7 @@ def write_demo(folder, sentences=20000, dev=500, scored=400, teacher=24000):
     """
     words = read_lexicons()
     meanings = Meanings(words["en"])
-    with atomic(folder) as tmp:
+    with data.atomic(folder) as tmp:
         for split, n in (("train", sentences), ("dev", dev)):
             (tmp / split).mkdir(parents=True)
             chosen, m = {}, None
