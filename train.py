@@ -204,7 +204,7 @@ class Run:
         self.trained, self.is_marked = False, True
         self.world, self.rank = place_among_processes()
         if self.world > 1:
-            with M.reading("torchrun's variables", "usable"):
+            with M.reading("WORLD_SIZE and others", "as torchrun sets them", "; without it unset them"):
                 kinds = "cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo"
                 dist.init_process_group(kinds)
             # They wait for the first, which may take hours over targets, in a group of their own
