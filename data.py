@@ -6,14 +6,17 @@ Everything that is computed once is kept in a cache folder, as files named by a 
 were made from; all of it is safe to delete.
 """
 
+import contextlib
 import glob
 import gzip
 import hashlib
 import itertools
 import json
 import os
+import platform
 import re
 import shlex
+import shutil
 import sys
 from array import array
 from collections import Counter
@@ -23,7 +26,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from model import atomic, digest, meter, need, note, read_json, reading
+from model import InputError, meter, need, note, read_json, reading
 
 # ---------------------------------------------------------------------------------- reading files
 LINE_LIMIT = 1 << 20  # bytes; a file with a longer one holds no sentence pairs
@@ -199,6 +202,58 @@ def read_sts(folder):
 
 
 # ---------------------------------------------------------------------------------- the disk store
+def delete(path):
+    """Delete a file or a folder, if it is there."""
+    with contextlib.suppress(FileNotFoundError):  # another process may do the same
+        remove = shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink
+        remove(path)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary name beside `path`, for a file or a new folder; success renames it.
+
+    On failure it goes. A kill at any moment leaves the old content or the new, never a part.
+    Raises: InputError where it cannot be written, naming the path.
+    """
+    path = Path(path)
+    prefix = f".{path.name}.tmp-{platform.node()}@"  # machines may share a folder
+    tmp = path.with_name(f"{prefix}{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in (f for f in path.parent.iterdir() if f.name.startswith(prefix)):
+            process = Path("/proc", old.name.removeprefix(prefix))
+            if Path("/proc/self").exists() and not process.exists():  # it was killed in a save
+                delete(old)
+        try:
+            yield tmp
+            for file in (f for f in [tmp, *tmp.rglob("*")] if f.is_file()):
+                with open(file, "rb+") as f:
+                    os.fsync(f.fileno())  # a rename must not reach the disk before the content
+            try:
+                os.replace(tmp, path)
+            except OSError:
+                if not (tmp.is_dir() and path.is_dir()):  # two folders: another process was first
+                    raise
+        finally:
+            delete(tmp)
+            delete(tmp.with_name(f"{tmp.name}.new"))  # of model.write_safetensors
+    except OSError as e:
+        fix = "nothing there was changed. Free some space or choose another folder, then repeat"
+        raise InputError(f"{path}: cannot write ({e.strerror or e}); {fix}") from e
+
+
+def digest(*parts):
+    """A short hex digest of files (Path) and values: names what was made of them."""
+    h = hashlib.blake2b(digest_size=10)
+    for part in parts:
+        if isinstance(part, Path):
+            with reading(part, "readable"), open(part, "rb") as f:
+                part = hashlib.file_digest(f, "blake2b").hexdigest()
+        h.update(repr(part).encode() + b"\0")
+    return h.hexdigest()
+
+
 def open_array(path):
     """A memory-mapped array of the cache. Raises: InputError if it is damaged."""
     entry = path if path.name.startswith("vectors-") else path.parent

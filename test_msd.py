@@ -29,7 +29,7 @@ import model as M
 import msd
 import train
 from demo import corpus as demo
-from tools import evaluation
+from tools import checkpoints, evaluation
 
 HERE = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands started here; the same bits need as many
@@ -218,8 +218,8 @@ def test_parity_with_the_authors(kind, tmp_path):
     for file in (root / "assistant").rglob("*.json"):
         write(tmp_path / file.relative_to(root / "assistant"), file.read_bytes())
     write(tmp_path / "model.safetensors", (root / "student.safetensors").read_bytes())
-    A = M.load(root / "assistant", "float32", train=True)
-    S = M.load(tmp_path, "float32", train=True)
+    A = checkpoints.load(root / "assistant", "float32", train=True)
+    S = checkpoints.load(tmp_path, "float32", train=True)
     sizes = fixture["bottleneck_size"], fixture["student_layers"], fixture["recurrence"]
     c = S.config
     assert (c.bottleneck_size, c.num_hidden_layers, c.recurrence) == sizes
@@ -692,11 +692,10 @@ def test_hidden_states_of_transformers(kind, tokenizer, tmp_path):
 def test_real_teacher():
     """The known score of a published model on English STS benchmark (82.03 in float32; the copy
     here is float16)."""
-    m = M.load(SHARED / "teacher", "float32")
+    m = checkpoints.load(SHARED / "teacher", "float32")
     a, b, gold = data.read_sts(SHARED / "data" / "sts")["en-en"]
-    scores = evaluation.similarity_scores(m.encode, {"en-en": (a[:400], b[:400], gold[:400])})[
-        "en-en"
-    ]
+    sets = {"en-en": (a[:400], b[:400], gold[:400])}
+    scores = evaluation.similarity_scores(m.encode, sets)["en-en"]
     assert 100 * evaluation.spearman(scores, gold[:400]) > 80
     assert (
         np.allclose(np.linalg.norm(m.encode(a[:5]), axis=1), 1, atol=1e-5)
@@ -767,7 +766,7 @@ def test_save_and_load(tokenizer, tmp_path):
         m.save(tmp_path / str(i))
         back = M.load(tmp_path / str(i), "float32")
         assert back.config == m.config and np.array_equal(back.encode(TEXTS), m.encode(TEXTS))
-        M.delete(tmp_path / "again")
+        data.delete(tmp_path / "again")
         m.save(tmp_path / "again")
         with pytest.raises(M.InputError, match="again: is there already; choose another"):
             m.save(tmp_path / "again")
@@ -1289,7 +1288,7 @@ def script(path, body):
     return write(
         path,
         f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport model as M, train\n"
-        f"{body}\nM.run_cli(train.main)\n",
+        f"from tools.cli import run_cli\n{body}\nrun_cli(train.main)\n",
     )
 
 

@@ -40,6 +40,8 @@ import model as M
 import msd
 from demo import corpus as demo
 from model import need, put
+from tools import checkpoints
+from tools.cli import Parser, run_cli
 from tools.evaluation import bootstrap, evaluate_all, look_at_teacher, table
 
 SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
@@ -96,7 +98,7 @@ def parser():
     """Every flag there is. Those that a preset sets are None here; parse() fills them in."""
     raw = argparse.RawDescriptionHelpFormatter
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    ap = M.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    ap = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     files = {"nargs": "+", "action": "extend", "default": [], "metavar": "GLOB", "type": filled}
     folder = {"metavar": "DIR", "type": filled}
     stages = f"stages 1 to {max(msd.STAGES)}"
@@ -204,7 +206,9 @@ class Run:
         self.trained, self.is_marked = False, True
         self.world, self.rank = place_among_processes()
         if self.world > 1:
-            with M.reading("WORLD_SIZE and others", "as torchrun sets them", "; without it unset them"):
+            with M.reading(
+                "WORLD_SIZE and others", "as torchrun sets them", "; without it unset them"
+            ):
                 kinds = "cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo"
                 dist.init_process_group(kinds)
             # They wait for the first, which may take hours over targets, in a group of their own
@@ -219,7 +223,7 @@ class Run:
             self.say(f"not used with these stages and sizes: {', '.join(args.unused)}")
         self.files = {x: data.expand(getattr(args, x), f"--{x}") for x in ("train", "extra", "dev")}
         self.identity = run_identity(args, self.files)
-        self.key = M.digest(self.identity)
+        self.key = data.digest(self.identity)
 
     def say(self, text):
         if self.rank == 0:
@@ -248,14 +252,13 @@ class Run:
 
     def build(self, folder, make):
         """The folder of a model, make(), which the first process saves if it is not there."""
-        return folder if self.trained else self.fill(folder, lambda tmp: make().write(tmp))
+        return folder if self.trained else self.fill(folder, lambda tmp: make().save(tmp))
 
     def fill(self, folder, write):
         """The folder that write(new folder) fills, which the first process does, once in a run."""
         with self.main_process_first() as is_main:
             if is_main and not self.has(folder):
-                with M.atomic(folder) as tmp:
-                    tmp.mkdir()
+                with data.atomic(folder) as tmp:
                     write(tmp)
                     (tmp / MARK).write_text(self.mark(tmp), "utf-8")
         unseen = f"{folder}: process {self.rank} does not see what the first one made"
@@ -273,12 +276,12 @@ class Run:
     def mark(self, folder):
         """What this run writes into a folder beside its weights or texts, to know it again."""
         kinds = ("*.safetensors", "*.tsv", "STS*.txt")
-        return M.digest(self.key, *sorted(f for kind in kinds for f in folder.rglob(kind)))
+        return data.digest(self.key, *sorted(f for kind in kinds for f in folder.rglob(kind)))
 
     def load(self, folder, train=False):
         """A model with this run's arithmetic; --max-tokens and, in training, --dropout apply."""
         a = self.args
-        return M.load(folder, a.dtype, a.device, train, a.dropout, a.max_tokens)
+        return checkpoints.load(folder, a.dtype, a.device, train, a.dropout, a.max_tokens)
 
 
 def keep_memory():
@@ -304,9 +307,9 @@ def run_identity(args, files):
     now = {k: v for k, v in vars(args).items() if k not in FREE}
     if args.sts:
         files = files | {"sts": data.sts_files(args.sts).values()}
-    now |= {flag: sorted((f.name, M.digest(f)) for f in some) for flag, some in files.items()}
+    now |= {flag: sorted((f.name, data.digest(f)) for f in some) for flag, some in files.items()}
     models = {k: now[k] for k in ("teacher", "assistant") if now[k]}
-    now |= {flag: (Path(f).name, M.fingerprint(f)) for flag, f in models.items()}
+    now |= {flag: (Path(f).name, checkpoints.fingerprint(f)) for flag, f in models.items()}
     return json.loads(json.dumps(now))
 
 
@@ -355,7 +358,7 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
     eval_steps = {math.ceil(steps * (i + 1) / EVALS) for i in range(EVALS)} if dev_loss else ()
     with deferred_signals() as caught:
         for step in range(training.restore(), steps):
-            seed = M.digest(run.args.seed, name, step, run.rank)  # of dropout
+            seed = data.digest(run.args.seed, name, step, run.rank)  # of dropout
             torch.manual_seed(int(seed[:15], 16))
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate_at(step, steps)
@@ -450,7 +453,8 @@ class Training:
         meta |= {"best": self.best_loss, "seconds": self.seconds()}
         with self.run.main_process_first() as is_main:
             if is_main:
-                M.write_safetensors(self.file, self.tensors, {k: str(v) for k, v in meta.items()})
+                with data.atomic(self.file) as tmp:
+                    M.write_safetensors(tmp, self.tensors, {k: str(v) for k, v in meta.items()})
         self.saved = time.monotonic()
 
     def restore(self):
@@ -470,7 +474,7 @@ class Training:
         if self.run.rank == 0:  # the log forgets what came after the checkpoint
             log = read_log(self.run.out)
             log = [e for e in log if e.get("stage") != self.name or e.get("step", step) < step]
-            with M.atomic(self.run.out / "log.jsonl") as tmp:
+            with data.atomic(self.run.out / "log.jsonl") as tmp:
                 tmp.write_text("".join(json.dumps(e) + "\n" for e in log), "utf-8")
         return step
 
@@ -607,7 +611,7 @@ def stage_targets(run, stage, corpus, pairs, source):
     """
     args, spec = run.args, msd.STAGES[stage]
     wanted = np.unique(pairs if spec.per_side else pairs[:, 0])
-    name = M.fingerprint(source)
+    name = checkpoints.fingerprint(source)
     with run.main_process_first():
         encoder = run.load(source)
         made = data.vectors(corpus, wanted, encoder, name, args.cache, spec.embeddings_only)
@@ -722,7 +726,7 @@ def read_inputs(run):
 def write_run_json(run):
     """Note what this run is, once its inputs are known: a mistyped path leaves nothing behind."""
     if run.rank == 0 and not (run.out / "run.json").exists():
-        with M.atomic(run.out / "run.json") as tmp:
+        with data.atomic(run.out / "run.json") as tmp:
             tmp.write_text(json.dumps(run.identity | {"key": run.key}, indent=1), "utf-8")
         run.log(data=run.corpus.report)
 
@@ -748,7 +752,7 @@ def check_models(run):
 def start_assistant(run, teacher_folder):
     """The teacher's body with a vocabulary learnt from the training text."""
     args, corpus = run.args, run.corpus
-    teacher = M.load(teacher_folder, "float32", "cpu", train=True)
+    teacher = checkpoints.load(teacher_folder, "float32", "cpu", train=True)
     lower_case = np.array_equal(teacher.tokenize(["A"])[0], teacher.tokenize(["a"])[0])
     some = np.random.default_rng(0).permutation(len(corpus.pairs))[: msd.ALIGNED_PAIRS]
     run.say(f"vocabulary: {args.vocab:,} pieces, begun by the alignment of {len(some):,} pairs")
@@ -759,7 +763,7 @@ def start_assistant(run, teacher_folder):
 
 def start_cut_assistant(run):
     """The given assistant with the --keep-vocab pieces that the training text uses most."""
-    assistant = M.load(run.args.assistant, "float32", "cpu", train=True)
+    assistant = checkpoints.load(run.args.assistant, "float32", "cpu", train=True)
     counts = data.piece_counts(run.corpus, assistant, run.args.cache)
     tokenizer, kept = data.cut_vocabulary(assistant.tokenizer, counts, run.args.keep_vocab)
     for language, sides in run.dev.by_language().items() if run.dev else ():
@@ -801,7 +805,7 @@ def finish(run, models):
         "versions": {m.__name__: m.__version__ for m in (torch, tokenizers, np)},
         "git": subprocess.run("git describe --always --dirty", **git).stdout.strip() or None,
     }
-    with M.atomic(run.out / "results.json") as tmp:
+    with data.atomic(run.out / "results.json") as tmp:
         tmp.write_text(json.dumps(results, indent=1), "utf-8")
 
 
@@ -812,12 +816,12 @@ def report(run):
         results = M.read_json(file)
         need(results["arguments"] == run.identity, "of other arguments or data")
         text = table(results)
-    M.delete(run.out / "checkpoint.safetensors")
+    data.delete(run.out / "checkpoint.safetensors")
     if not (run.args.keep or results.get("keep", True)):  # a kill may have left them
-        M.delete(run.out / "stages")
+        data.delete(run.out / "stages")
     model, export = (shlex.quote(str(f)) for f in (run.result, run.out / "export"))
-    run.say(f"{text}\n\npython model.py search {model} lines.txt 'what to look for'")
-    run.say(f"python model.py export {model} {export}")
+    run.say(f"{text}\n\npython -m tools search {model} lines.txt 'what to look for'")
+    run.say(f"python -m tools export {model} {export}")
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -836,4 +840,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    M.run_cli(main)
+    run_cli(main)

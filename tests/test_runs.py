@@ -10,10 +10,12 @@ import time
 
 import pytest
 
+import data
 import model as M
 import train
 from test_msd import GPUS, HERE, command, run, run_here, script, tiny, torchrun, write
 from tests.test_checkpoints import edit
+from tools import checkpoints
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_a_model_that_a_faster_process_built(world, finished, tmp_path):
         return M.load(world / "whole" / "assistant")
 
     assert place.build(folder, slow) == folder
-    assert M.fingerprint(folder) == M.fingerprint(world / "whole" / "student")
+    assert checkpoints.fingerprint(folder) == checkpoints.fingerprint(world / "whole" / "student")
 
 
 def test_widths_must_match(world, tokenizer, tmp_path):
@@ -156,7 +158,7 @@ pathlib.Path.exists = lambda self, **k: not str(self).startswith("/proc") and th
     assert done.returncode == 0, done.stderr
     assert "student, stage 4" in done.stdout
     found = run(
-        [sys.executable, HERE / "model.py", "similarity", tmp_path / "run" / "student", "a", "b"],
+        [sys.executable, "-m", "tools", "similarity", tmp_path / "run" / "student", "a", "b"],
         **environment,
     )
     assert found.returncode == 0, found.stderr
@@ -218,7 +220,7 @@ def test_signals_save_and_leave(world, finished, number, code):
 def test_a_damaged_checkpoint(world, finished, tmp_path, capsys):
     shutil.copytree(world / "whole", out := tmp_path / "out")
     for name in ("results.json", "student"):
-        M.delete(out / name)
+        data.delete(out / name)
     write(out / "checkpoint.safetensors", b"x" * 100)
     with pytest.raises(M.InputError, match="valid safetensors file: .*; delete it to redo stage 4"):
         run_here(capsys, command(world, out))
@@ -264,8 +266,8 @@ train.stage_batches = fragile
 def test_four_stages_on_a_gpu(world, tmp_path):
     done = run(command(world, tmp_path / "run", "--device", "cuda"), CUDA_VISIBLE_DEVICES=GPUS)
     assert done.returncode == 0 and "student, stage 4" in done.stdout, done.stderr
-    model_py = [sys.executable, HERE / "model.py", "similarity", tmp_path / "run" / "student"]
-    assert run([*model_py, "a", "b"], CUDA_VISIBLE_DEVICES=GPUS).returncode == 0
+    tools = [sys.executable, "-m", "tools", "similarity", tmp_path / "run" / "student"]
+    assert run([*tools, "a", "b"], CUDA_VISIBLE_DEVICES=GPUS).returncode == 0
 
 
 def test_table_again_without_the_stages(world, finished, tmp_path, capsys):
