@@ -6,8 +6,7 @@ Random, and from --seed: the order of batches, dropout, a start from noise (--in
 demo's teacher. Fixed: samples of text (for the alignment, for dev, for a look), the demo's corpus,
 the resamples of the bootstrap.
 
-    arguments  |  the run  |  the loop  |  checkpoint and log  |  the stages  |  the pipeline
-    evaluation  |  the table  |  the command
+    arguments | the run | the loop | checkpoint and log | the stages | the pipeline | the end
 """
 
 import argparse
@@ -41,7 +40,7 @@ import msd
 from demo import corpus as demo
 from model import need, put
 from tools import checkpoints
-from tools.cli import Parser, run_cli
+from tools.cli import Parser, filled, number, run_cli
 from tools.evaluation import bootstrap, evaluate_all, look_at_teacher, table
 
 SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
@@ -49,30 +48,7 @@ EVALS = 4  # dev evaluations a stage; the best one's weights are kept
 
 # -------------------------------------------------------------------------------------- arguments
 # What a continuation may change; a device changes the bits and, without --dtype, the dtype.
-FREE = {"out", "cache", "device", "keep", "unused"}
-
-
-def number(kind, low, below=2**31, by_stage=False):
-    """A type for argparse: low <= x < below. by_stage: one for all stages, or one for each."""
-    n_stages = len(msd.STAGES)
-
-    def parse(text):
-        values = tuple(map(kind, text.split(",") if by_stage else [text]))
-        if len(values) not in (1, n_stages) or not all(low <= x < below for x in values):
-            each = f"; one value, or {n_stages} with commas" if by_stage else ""
-            limits = f"expected {low} or more, less than {below}{each}"
-            raise argparse.ArgumentTypeError(f"{text:.80}: {limits}")
-        return values * (n_stages // len(values)) if by_stage else values[0]
-
-    parse.__name__ = kind.__name__  # what argparse calls it in its error
-    return parse
-
-
-def filled(text):
-    """A type for argparse: a path or a pattern."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("an empty path; is a variable of the shell not set?")
-    return text
+FREE = {"out", "cache", "device", "keep"}
 
 
 def stage_list(text):
@@ -101,8 +77,8 @@ def parser():
     ap = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     files = {"nargs": "+", "action": "extend", "default": [], "metavar": "GLOB", "type": filled}
     folder = {"metavar": "DIR", "type": filled}
-    stages = f"stages 1 to {max(msd.STAGES)}"
-    each = functools.partial(number, by_stage=True)
+    n = len(msd.STAGES)
+    each = functools.partial(number, n=n)
     add = ap.add_argument_group("your data").add_argument
     add("--teacher", **folder, help="English sentence encoder: its folder")
     add("--assistant", **folder, help="multilingual encoder; without it one is made")
@@ -117,9 +93,11 @@ def parser():
     add("--recurrence", type=number(int, 1, 1000), help="R, times they run; time grows with K x R")
     add("--vocab", type=number(int, 100, 10**7), help="pieces learnt here; more help up to a point")
     add("--keep-vocab", type=number(int, 1), help="pieces of --assistant to keep, most used first")
-    add = ap.add_argument_group(f"schedule; one number, or one for each of {stages}").add_argument
+    add = ap.add_argument_group(
+        f"schedule; of numbers one, or {n} for stages 1 to {n}"
+    ).add_argument
     all_stages = {"type": stage_list, "default": [*msd.STAGES]}
-    add("--stages", **all_stages, help="1-4; 2-4 takes --assistant as it is")
+    add("--stages", **all_stages, help=f"1-{n}; 2-{n} takes --assistant as it is")
     add("--epochs", type=each(float, 1e-6, 1e6), help="passes over the pairs; 0.1: a quick look")
     add("--batch", type=each(int, 1), help="pairs a step; in stage 4 each is contrasted with all")
     add("--lr", type=each(float, 1e-12), help="peak learning rate; small models take 1e-3 and more")
@@ -133,9 +111,7 @@ def parser():
     add("--out", **folder, help="its folder; default: runs/PRESET")
     add("--cache", default="runs/cache", **folder, help="for all runs; safe to delete")
     add("--keep", action="store_true", help="keep the models between stages, in OUT/stages")
-    add(
-        "--seed", type=number(int, 0), default=0, help="scores of two seeds differ by about a point"
-    )
+    add("--seed", type=number(int, 0), default=0, help="scores of two differ by about a point")
     add("--dtype", choices=("float32", "bfloat16"), help="arithmetic; default: the best here")
     add("--device", default=here, help="cpu or cuda; default: what is here")
     return ap
@@ -159,9 +135,10 @@ def parse(argv):
     need(ready, "--stages without 1 needs --assistant DIR, a trained multilingual encoder")
     own = args.preset != "demo" or args.teacher or args.train or args.dev or args.sts or args.extra
     fix = "for the built-in corpus leave out these, --dev, --sts and --extra"
-    whole = args.teacher and args.train
-    need(whole or not own, f"your own data needs both --teacher DIR and --train GLOB; {fix}")
-    args.unused = unused(args, given)
+    both = "your own data needs both --teacher DIR and --train GLOB"
+    need(args.teacher and args.train or not own, f"{both}; {fix}")
+    if idle := unused(args, given):
+        M.note(f"{', '.join(idle)}: not used with these stages and sizes")
     args.out = Path(args.out or f"runs/{args.preset}")
     args.device = usable_device(args.device)
     args.dtype = args.dtype or M.best_dtype(args.device)[0]
@@ -204,23 +181,20 @@ class Run:
         self.args, self.out = args, args.out
         self.result = self.out / ("assistant" if args.stages == [1] else "student")
         self.trained, self.is_marked = False, True
-        self.world, self.rank = place_among_processes()
-        if self.world > 1:
-            with M.reading(
-                "WORLD_SIZE and others", "as torchrun sets them", "; without it unset them"
-            ):
-                kinds = "cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo"
-                dist.init_process_group(kinds)
-            # They wait for the first, which may take hours over targets, in a group of their own
-            # with a day's patience; NCCL's stays short, so that one that dies is noticed.
-            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        with M.reading("WORLD_SIZE and RANK", "as torchrun sets them", "; without it unset them"):
+            self.world = int(os.environ.get("WORLD_SIZE") or 1)
+            self.rank = int(os.environ.get("RANK") or -1) if self.world > 1 else 0
+            need(0 <= self.rank < self.world, "RANK is not from 0 to below WORLD_SIZE")
+            if self.world > 1:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
+                # They wait for the first, which may take hours over targets, in a group of their
+                # own with a day's patience; NCCL's stays short, so that one that dies is noticed.
+                self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
         best, why = M.best_dtype(args.device)
         why = why if args.dtype == best else "asked for"
         where = f"device {args.device}, {args.dtype} ({why}), {torch.get_num_threads()} threads"
         what = f"{args.preset}, stages {args.stages}, seed {args.seed}, folder {self.out}"
         self.say(f"{where}, {self.world} processes; {what}")
-        if args.unused:
-            self.say(f"not used with these stages and sizes: {', '.join(args.unused)}")
         self.files = {x: data.expand(getattr(args, x), f"--{x}") for x in ("train", "extra", "dev")}
         self.identity = run_identity(args, self.files)
         self.key = data.digest(self.identity)
@@ -293,15 +267,6 @@ def keep_memory():
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def place_among_processes():
-    """(how many, which of them this one is), as torchrun says. Raises: InputError."""
-    n, i = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK") or "0"
-    ok = n.isdecimal() and i.isdecimal() and int(i) < int(n)
-    fix = "torchrun sets both, RANK to less than WORLD_SIZE; without torchrun unset them"
-    need(ok, f"WORLD_SIZE={n} and RANK={i} in the environment: {fix}")
-    return int(n), int(i)
-
-
 def run_identity(args, files):
     """What a run is: its settings, and the names and content of its files, as JSON gives it."""
     now = {k: v for k, v in vars(args).items() if k not in FREE}
@@ -315,33 +280,28 @@ def run_identity(args, files):
 
 def claim(run):
     """Make sure that all there is in the run's folder is of this run. Raises: InputError."""
-    out, file, fix = run.out, run.out / "run.json", "or choose another --out"
+    out, file, now = run.out, run.out / "run.json", run.identity
     need(not out.is_file(), f"--out {out}: is a file; give a folder")
     if file.exists():
-        with M.reading(file, "what a run is", f"; delete all of {out} to begin anew, {fix}"):
+        fix = f"; delete all of {out} to begin anew, or choose another --out"
+        with M.reading(file, "what a run is", fix):
             before = M.read_json(file)
         # Runs of older revisions have no key, nor have the folders they made.
         run.is_marked = before.pop("key", None) is not None
-        same_settings(run, before)
+        for key in sorted(now | before):
+            was, new = before.get(key), now.get(key)
+            began = f"{out}: this run was started with {key} {was!r}, now it is {new!r}"
+            known = key in now and key in before
+            fix = "Give the old value" if known else "Take the revision of this code that began it"
+            need(was == new, f"{began}. {fix} to continue, or choose another --out")
     else:
         for name in ("results.json", "log.jsonl", "checkpoint.safetensors"):
-            unknown = f"{out}: {name} is there, but no run.json, which says what run made it"
-            need(not (out / name).exists(), f"{unknown}. Move it away {fix}")
+            unknown = f"{out / name}: of a run that no run.json beside it describes"
+            need(not (out / name).exists(), f"{unknown}. Move it away or choose another --out")
     names = ["assistant", "student"] + ["data", "teacher"] * (not run.args.train)
     for folder in [*map(out.joinpath, names), *out.glob("stages/[!.]*")]:
         run.has(folder)
     run.trained = run.result.exists()
-
-
-def same_settings(run, before):
-    """Raises: InputError if a run began as another than it is now, with both values."""
-    now = run.identity
-    for key in sorted(now | before):
-        was, new = before.get(key), now.get(key)
-        began = f"{run.out}: this run was started with {key} {was!r}, now it is {new!r}"
-        known = key in now and key in before
-        fix = "Give the old value" if known else "Take the revision of this code that began it"
-        need(was == new, f"{began}. {fix} to continue, or choose another --out")
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -524,8 +484,7 @@ class Training:
 def read_log(folder):
     """The entries of a run's log; a line that cannot be read, as a kill leaves it, is left out."""
     file = folder / "log.jsonl"
-    entries = []
-    text = file.read_text("utf-8", errors="replace") if file.exists() else ""
+    entries, text = [], file.read_text("utf-8", errors="replace") if file.exists() else ""
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
@@ -593,19 +552,20 @@ def stage_batches(run, stage, model, corpus, pairs, source, epochs=None):
     def loss_at(step):
         epoch, i = divmod(step, len(one_pass))
         numbers = batches(epoch)[i]  # (N,)
-        y_s, y_t = targets_of(pairs[numbers])
+        targets = targets_of(pairs[numbers])
         rows, gather = share_of(run, len(numbers))
         both = pairs[numbers[rows]].T.ravel()  # (2N,): English sides, then translations
         ids, mask = model.batch(flat, starts, both)  # (2N, T) each
-        terms = msd.stage_loss(stage, net, ids, mask, y_s, y_t, not args.no_contrast, gather)
+        how = {"contrast": not args.no_contrast, "gather": gather}
+        terms = msd.stage_loss(stage, net, ids, mask, *targets, **how)
         return terms, int(lengths[numbers].sum())
 
     return loss_at, steps
 
 
 def stage_targets(run, stage, corpus, pairs, source):
-    """targets_of(some of these pairs (N, 2)): the targets of both sides, (N, H) each, the second
-    None where the first serves both. Made once, then read from disk as they are needed.
+    """targets_of(some of these pairs (N, 2)): the targets (N, H) of each side, or those of the
+    English one, which serve both. Made once, then read from disk as they are needed.
 
     source: the folder of the encoder that gives them.
     """
@@ -616,12 +576,9 @@ def stage_targets(run, stage, corpus, pairs, source):
         encoder = run.load(source)
         made = data.vectors(corpus, wanted, encoder, name, args.cache, spec.embeddings_only)
 
-    def target(sentences):
-        return put(made[np.searchsorted(wanted, sentences)], args.device).float()  # (N, H)
-
     def targets_of(pairs):
-        s, t = pairs.T  # (N,) each
-        return target(s), target(t) if spec.per_side else None
+        sides = pairs.T if spec.per_side else pairs.T[:1]  # each (N,)
+        return [put(made[np.searchsorted(wanted, s)], args.device).float() for s in sides]
 
     return targets_of
 
@@ -706,10 +663,8 @@ def read_inputs(run):
     what does not fit, before any work."""
     args, files, sts = run.args, run.files, run.args.sts
     check_models(run)
-    if not args.train:  # the built-in corpus, as files of the run
-        made = run.fill(run.out / "data", demo.write_demo)
-        files = {x: sorted(made.glob(f"{x}/*.tsv")) for x in ("train", "extra", "dev")}
-        sts = made / "sts"
+    if not args.train:
+        files, sts = demo.corpus_files(run)
     run.sts = data.read_sts(sts) if sts else {}
     run.say(f"data: reading {sum(map(len, files.values()))} files")
     most = max(args.max_lines)
@@ -781,16 +736,19 @@ def start_student(run, assistant_folder):
     return msd.make_student(assistant, a.bottleneck, a.layers, a.recurrence, a.init, a.seed, counts)
 
 
-# -------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the end
 def finish(run, models):
     """Score models {row: folder} on the test sets, once, and write results.json."""
     # What came before a trained model may be gone, but not the assistant: all is compared with it.
     models = {k: f for k, f in models.items() if f.exists() or k == "assistant"}
     dev = run.dev.by_language() if run.dev else {}
-    rows, cosines = evaluate_all(run.load, models, run.sts, dev)
-    for label, folder in models.items():
-        ours = folder.is_relative_to(run.out)
-        rows[label]["folder"] = str(folder.relative_to(run.out) if ours else folder)
+    rows, cosines = {}, {}
+    for label, row, found in evaluate_all(run.load, models, run.sts, dev):
+        if (run.out / "results.json").exists():
+            return  # the same command, running twice, was faster
+        folder = str(models[label]).removeprefix(f"{run.out}{os.sep}")
+        rows[label], cosines[label] = row | {"folder": folder}, found
+        run.say(f"evaluated {label}")
     last = list(models)[-1]  # the student, or with stage 1 alone the assistant
     sure = bootstrap(run.sts, cosines["assistant"], cosines[last]) if last != "assistant" else {}
     git = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
@@ -819,21 +777,20 @@ def report(run):
     data.delete(run.out / "checkpoint.safetensors")
     if not (run.args.keep or results.get("keep", True)):  # a kill may have left them
         data.delete(run.out / "stages")
-    model, export = (shlex.quote(str(f)) for f in (run.result, run.out / "export"))
-    run.say(f"{text}\n\npython -m tools search {model} lines.txt 'what to look for'")
+    texts = [*run.files["dev"], *run.files["train"], *sorted(run.out.glob("data/dev/*.tsv"))]
+    lines = next((f for f in texts if f.suffix != ".gz"), "lines.txt")  # to search, for example
+    model, lines, export = (shlex.quote(str(f)) for f in (run.result, lines, run.out / "export"))
+    run.say("this run is finished; without its results.json the same command writes it again")
+    run.say(f"{text}\n\npython -m tools search {model} {lines} 'what to look for'")
     run.say(f"python -m tools export {model} {export}")
 
 
-# ------------------------------------------------------------------------------------ the command
 def main(argv=None):
     """Run, continue or report a run in --out."""
     run = Run(parse(argv))
     keep_memory()
     claim(run)
-    file = run.out / "results.json"
-    if file.exists():
-        run.say("this run is finished; without its results.json the same command writes it again")
-    else:
+    if not (run.out / "results.json").exists():
         pipeline(run)
     if run.rank == 0:
         report(run)

@@ -191,6 +191,12 @@ def write_demo(folder, sentences=20000, dev=500, scored=400, teacher=24000):
             (folder / name / f"STS.{pair}.txt").write_text("".join(rows), "utf-8")
 
 
+def corpus_files(run):
+    """The built-in corpus in a run's folder: (files of train, extra and dev; folder of sts)."""
+    made = run.fill(run.out / "data", write_demo)
+    return {x: sorted(made.glob(f"{x}/*.tsv")) for x in ("train", "extra", "dev")}, made / "sts"
+
+
 def scored_pair(words, meanings, split, a, b):
     """A line of a similarity set: sentence<TAB>sentence<TAB>score."""
     m = meanings.draw(split)

@@ -96,17 +96,14 @@ def evaluate(model, sets, dev, dev_targets):
 
 
 def evaluate_all(load, models, sets, dev):
-    """(rows by label, cosines by label and set) of models {label: folder}, the teacher first."""
-    rows, cosines = {}, {}
+    """Yield (label, row, cosines) of evaluate() of models {label: folder}, the teacher first."""
     for label, folder in models.items():
         model, theirs, pairs = load(folder), sets, dev
         if label == "teacher":  # it knows English alone, and gives the goals of all others
             theirs, pairs = {k: v for k, v in sets.items() if k == "en-en"}, {}
             goals = {k: model.encode(sides[0], normalize=False) for k, sides in dev.items()}
-        rows[label], cosines[label] = evaluate(model, theirs, pairs, goals)
-        rows[label]["sizes"] = M.ledger(model.config)
-        print(f"evaluated {label}", flush=True)
-    return rows, cosines
+        row, cosines = evaluate(model, theirs, pairs, goals)
+        yield label, row | {"sizes": M.ledger(model.config)}, cosines
 
 
 def bootstrap(sets, a, b, n=1000, seed=0):
