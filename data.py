@@ -7,6 +7,7 @@ were made from; all of it is safe to delete.
 """
 
 import contextlib
+import functools
 import glob
 import gzip
 import hashlib
@@ -209,6 +210,15 @@ def delete(path):
         remove(path)
 
 
+@functools.cache
+def place():
+    """Names where process ids mean what they do here: a machine since its start, a container."""
+    files = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    with contextlib.suppress(OSError):  # Linux alone has them
+        return digest(platform.node(), files[0].read_text("utf-8"), os.readlink(files[1]))
+    return digest(platform.node())
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary name beside `path`, for a file or a new folder; success renames it.
@@ -217,13 +227,14 @@ def atomic(path):
     Raises: InputError where it cannot be written, naming the path.
     """
     path = Path(path)
-    prefix = f".{path.name}.tmp-{platform.node()}@"  # machines may share a folder
-    tmp = path.with_name(f"{prefix}{os.getpid()}")
+    prefix = f".{path.name}.tmp-"
+    tmp = path.with_name(f"{prefix}{place()}@{os.getpid()}")  # machines may share a folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in (f for f in path.parent.iterdir() if f.name.startswith(prefix)):
-            process = Path("/proc", old.name.removeprefix(prefix))
-            if Path("/proc/self").exists() and not process.exists():  # it was killed in a save
+            where, _, process = old.name.removeprefix(prefix).partition("@")
+            ours = where == place() and Path("/proc/self").exists()
+            if ours and not Path("/proc", process).exists():  # it was killed in a save
                 delete(old)
         try:
             yield tmp

@@ -234,7 +234,7 @@ class Run:
             if is_main and not self.has(folder):
                 with data.atomic(folder) as tmp:
                     write(tmp)
-                    (tmp / MARK).write_text(self.mark(tmp), "utf-8")
+                    (tmp / MARK).write_text(self.mark(folder, tmp), "utf-8")
         unseen = f"{folder}: process {self.rank} does not see what the first one made"
         need(folder.exists(), f"{unseen}; all need the same --out and --cache, on a shared disk")
         return folder
@@ -243,14 +243,15 @@ class Run:
         """Is a folder there? Raises: InputError where this run did not make it."""
         if folder.exists() and self.is_marked:
             mark = folder / MARK
-            ours = mark.is_file() and mark.read_bytes() == self.mark(folder).encode()
+            ours = mark.is_file() and mark.read_bytes() == self.mark(folder, folder).encode()
             need(ours, f"{folder}: not made by this run. Move it away or choose another --out")
         return folder.exists()
 
-    def mark(self, folder):
-        """What this run writes into a folder beside its weights or texts, to know it again."""
-        kinds = ("*.safetensors", "*.tsv", "STS*.txt")
-        return data.digest(self.key, *sorted(f for kind in kinds for f in folder.rglob(kind)))
+    def mark(self, folder, now):
+        """What this run writes into a folder, which is `now` elsewhere, to know it again: a digest
+        of the run, the folder's name, and the weights or texts in it."""
+        files = (f for kind in ("*.safetensors", "*.tsv", "STS*.txt") for f in now.rglob(kind))
+        return data.digest(self.key, folder.name, *sorted(files))
 
     def load(self, folder, train=False):
         """A model with this run's arithmetic; --max-tokens and, in training, --dropout apply."""
