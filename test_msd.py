@@ -29,7 +29,7 @@ import model as M
 import msd
 import train
 from demo import corpus as demo
-from tools import checkpoints
+from tools import checkpoints, evaluation
 
 HERE = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands started here; the same bits need as many
@@ -694,8 +694,9 @@ def test_real_teacher():
     here is float16)."""
     m = checkpoints.load(SHARED / "teacher", "float32")
     a, b, gold = data.read_sts(SHARED / "data" / "sts")["en-en"]
-    scores = train.similarity_scores(m.encode, {"en-en": (a[:400], b[:400], gold[:400])})["en-en"]
-    assert 100 * train.spearman(scores, gold[:400]) > 80
+    sets = {"en-en": (a[:400], b[:400], gold[:400])}
+    scores = evaluation.similarity_scores(m.encode, sets)["en-en"]
+    assert 100 * evaluation.spearman(scores, gold[:400]) > 80
     assert (
         np.allclose(np.linalg.norm(m.encode(a[:5]), axis=1), 1, atol=1e-5)
         and np.linalg.norm(m.encode(a[:5], normalize=False), axis=1).min() > 2
@@ -1256,6 +1257,7 @@ def test_stages_get_their_inputs_and_targets(world, finished, stage, monkeypatch
     terms = msd.stage_loss
     monkeypatch.setattr(msd, "stage_loss", spy)
     args = command(world, tmp_path / "run", "--dtype", "float32")[2:]
+    monkeypatch.setattr(train.Run, "has", lambda run, folder: folder.exists())  # made by another
     (tmp_path / "run" / "stages").mkdir(parents=True)
     done = ["assistant"] * (stage > 1) + [f"stages/{STARTS[k]}" for k in range(1, stage + 1)]
     for name in done:  # the stages before are done
@@ -1347,27 +1349,32 @@ train.fit = fit
 
 # --------------------------------------------------------------------- train: evaluation, the table
 def test_spearman_by_hand():
-    assert list(train.ranks([10, 20, 20, 30])) == [1, 2.5, 2.5, 4]
-    assert train.spearman([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]) == pytest.approx(1)
-    assert train.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert list(evaluation.ranks([10, 20, 20, 30])) == [1, 2.5, 2.5, 4]
+    assert evaluation.spearman([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]) == pytest.approx(1)
+    assert evaluation.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     # ranks 1 2.5 2.5 4 and 1 3 2 4: covariance 4.5, variances 4.5 and 5
-    assert train.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert math.isnan(train.spearman([1, 1], [1, 2]))
+    assert evaluation.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(
+        4.5 / math.sqrt(4.5 * 5)
+    )
+    assert math.isnan(evaluation.spearman([1, 1], [1, 2]))
 
 
 def test_retrieval():
     x = np.eye(4)
-    assert train.retrieval(x, x) == (100, 100)
-    assert train.retrieval(x, x[[1, 0, 2, 3]]) == (50, 50)
-    assert train.retrieval(np.ones((4, 4)), np.ones((4, 4))) == (0, 0)  # all alike must not score
+    assert evaluation.retrieval(x, x) == (100, 100)
+    assert evaluation.retrieval(x, x[[1, 0, 2, 3]]) == (50, 50)
+    assert evaluation.retrieval(np.ones((4, 4)), np.ones((4, 4))) == (
+        0,
+        0,
+    )  # all alike: 0
     y = x.copy()
     y[1] = x[0]  # two translations are one: x0 finds a tie, x1 nothing;
-    assert train.retrieval(x, y) == (50, 75)  # backwards only y1 is led astray
+    assert evaluation.retrieval(x, y) == (50, 75)  # backwards only y1 is led astray
 
 
 def test_look_finds_a_collapsed_teacher():
     v = np.ones((50, 8)) + 1e-3 * np.random.default_rng(0).normal(size=(50, 8))
-    norm, cosine, constant_mse = train.describe_vectors(v)
+    norm, cosine, constant_mse = evaluation.describe_vectors(v)
     assert cosine > 0.99 and norm == pytest.approx(8**0.5, rel=1e-2)
     assert constant_mse == pytest.approx(v.var(0).mean(), rel=1e-3)
 
@@ -1377,7 +1384,7 @@ def test_evaluate_by_hand():
         def encode(self, texts, normalize=None):
             return np.array([[float(t[0]), 1.0] for t in texts])
 
-    row, _ = train.evaluate(
+    row, _ = evaluation.evaluate(
         Fixed(),
         {"en-de": (["1a", "2a"], ["1b", "9b"], np.array([5, 0]))},
         {"de": (["1", "5"], ["1", "5"])},
@@ -1388,7 +1395,7 @@ def test_evaluate_by_hand():
         and row["accuracy"]["de"] == (100, 100)
         and row["mse"]["de"] == pytest.approx([25, 25])
     )
-    assert train.mean_spearman({"en-en": 80, "de-de": 60, "en-de": 40}) == (60, 70, 40)
+    assert evaluation.mean_spearman({"en-en": 80, "de-de": 60, "en-de": 40}) == (60, 70, 40)
 
 
 def test_bootstrap():
@@ -1399,10 +1406,10 @@ def test_bootstrap():
     good, bad = (
         {k: s[2] + rng.normal(0, sd, len(s[2])) for k, s in sets.items()} for sd in (10, 80)
     )
-    assert all(v == [0, 0, 0] for v in train.bootstrap(sets, good, good, 50).values())
-    got = train.bootstrap(sets, bad, good, 200)
+    assert all(v == [0, 0, 0] for v in evaluation.bootstrap(sets, good, good, 50).values())
+    got = evaluation.bootstrap(sets, bad, good, 200)
     want = [
-        100 * (train.spearman(good[k], sets[k][2]) - train.spearman(bad[k], sets[k][2]))
+        100 * (evaluation.spearman(good[k], sets[k][2]) - evaluation.spearman(bad[k], sets[k][2]))
         for k in sets
     ]
     assert (
