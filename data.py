@@ -7,6 +7,8 @@ were made from; all of it is safe to delete.
 """
 
 import contextlib
+import functools
+import glob
 import gzip
 import hashlib
 import itertools
@@ -17,6 +19,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -25,7 +28,32 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from model import InputError, meter, need, read_json, reading
+from model import InputError, need, read_json, reading
+
+
+# ------------------------------------------------------------------------------- the user is told
+@functools.cache
+def note(text):
+    """Say on stderr, once, what is worth knowing but stops nothing."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def meter(what):
+    """A callback (done, all) that tells stderr of long work, at most every five seconds."""
+    begun = shown = time.monotonic()
+
+    def show(done, total):
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown > 5:
+            rate = done / (now - begun)
+            m, s = divmod((total - done) / rate, 60)
+            left = f"{m:.0f}:{s:02.0f} left"
+            print(f"{what}  {done:,}/{total:,}  {rate:,.0f}/s  {left}", file=sys.stderr, flush=True)
+            shown = now
+
+    return show
+
 
 # ---------------------------------------------------------------------------------- reading files
 LINE_LIMIT = 1 << 20  # bytes; a file with a longer one holds no sentence pairs
@@ -49,6 +77,18 @@ FORMATS = {  # what a file may be instead of text, by its first bytes, and what 
 }
 NOT_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
 NOT_UTF8 = re.compile("[\ud800-\udfff]")
+
+
+def expand(patterns, flag):
+    """Files of a list of glob patterns. Raises: InputError for a pattern that matches nothing."""
+    files = set()
+    for pattern in patterns:
+        found = {pattern, *glob.glob(pattern, recursive=True)}  # a name may hold a bracket
+        found = {f for f in found if os.path.isfile(f)}
+        what = "it is a folder; name its files, as 'DIR/*.tsv'"
+        need(found, f"{flag} {pattern}: {what if os.path.isdir(pattern) else 'no such file'}")
+        files |= found
+    return [Path(f) for f in sorted(files)]
 
 
 def refuse_formats(path, head, packed):
@@ -147,16 +187,30 @@ def refuse_bad(path, report):
     need(bad <= lines / 100, f"{path}: {share}.{fix} First: {first}")
 
 
+def sts_files(folder):
+    """{"en-de": file} of a folder of similarity sets, *.A-B.txt or .tsv. Raises: InputError."""
+    sets, others = {}, []
+    need(Path(folder).is_dir(), f"{folder}: no such folder; expected one of similarity sets")
+    named = re.compile(r"(?:^|[._])([a-z]{2,3}-[a-z]{2,3})\.(txt|tsv)(\.gz)?$")
+    for path in sorted(Path(folder).glob("[!.]*")):
+        if m := named.search(path.name):
+            need(m[1] not in sets, f"{path}: a second file for {m[1]} in {folder}; keep one")
+            sets[m[1]] = path
+        else:
+            others.append(path.name)
+    if others:
+        note(f"{folder}: not read, as not named like STS.en-de.txt: {', '.join(others):.300}")
+    need(sets, f"{folder}: no similarity sets; expected files named like STS.en-de.txt")
+    return sets
+
+
 def read_sts(folder):
-    """{"en-de": (sentences, sentences, scores)} of a folder of similarity sets, *.A-B.txt or .tsv.
+    """{"en-de": (sentences, sentences, scores)} of a folder of similarity sets, see sts_files().
 
     Lines are sentence<TAB>sentence<TAB>score from 0 to 5. Raises: InputError at any bad line.
     """
     sets = {}
-    named = re.compile(r"(?:^|[._])([a-z]{2,3}-[a-z]{2,3})\.(txt|tsv)(\.gz)?$")
-    for path in sorted(Path(folder).glob("[!.]*")):
-        if not (m := named.search(path.name)):
-            continue
+    for name, path in sts_files(folder).items():
         rows = []
         for number, text in enumerate(read_lines(path), 1):
             try:
@@ -169,10 +223,8 @@ def read_sts(folder):
             rows.append((a, b, float(score)))
         differ = len({score for *_, score in rows}) > 1
         need(differ, f"{path}: {len(rows)} lines of one score; a correlation needs two scores")
-        need(m[1] not in sets, f"{path}: a second file for {m[1]} in {folder}; keep one")
         a, b, scores = zip(*rows)
-        sets[m[1]] = list(a), list(b), np.array(scores)
-    need(sets, f"{folder}: no similarity sets; expected files named like STS.en-de.txt")
+        sets[name] = list(a), list(b), np.array(scores)
     return sets
 
 
@@ -184,6 +236,15 @@ def delete(path):
         remove(path)
 
 
+@functools.cache
+def place():
+    """Names where process ids mean what they do here: a machine since its start, a container."""
+    files = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    with contextlib.suppress(OSError):  # Linux alone has them
+        return digest(platform.node(), files[0].read_text("utf-8"), os.readlink(files[1]))
+    return digest(platform.node())
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary name beside `path`, for a file or a new folder; success renames it.
@@ -192,13 +253,14 @@ def atomic(path):
     Raises: InputError where it cannot be written, naming the path.
     """
     path = Path(path)
-    prefix = f".{path.name}.tmp-{platform.node()}@"  # machines may share a folder
-    tmp = path.with_name(f"{prefix}{os.getpid()}")
+    prefix = f".{path.name}.tmp-"
+    tmp = path.with_name(f"{prefix}{place()}@{os.getpid()}")  # machines may share a folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in (f for f in path.parent.iterdir() if f.name.startswith(prefix)):
-            process = Path("/proc", old.name.removeprefix(prefix))
-            if Path("/proc/self").exists() and not process.exists():  # it was killed in a save
+            where, _, process = old.name.removeprefix(prefix).partition("@")
+            ours = where == place() and Path("/proc/self").exists()
+            if ours and not Path("/proc", process).exists():  # it was killed in a save
                 delete(old)
         try:
             yield tmp
@@ -359,6 +421,13 @@ def tokens(corpus, encoder, cache, chunk=20000):
             np.save(tmp / "ids.npy", np.concatenate(parts))
             np.save(tmp / "starts.npy", np.cumsum(np.concatenate(lengths)))
     return open_array(folder / "ids.npy"), open_array(folder / "starts.npy")
+
+
+def piece_counts(corpus, encoder, cache, most=None):
+    """How often a corpus, or its first `most` tokens, use each piece of an encoder: (V,). Sentences
+    are in no order: the first ones are a fair sample."""
+    ids, _ = tokens(corpus, encoder, cache)
+    return np.bincount(ids[:most], minlength=encoder.config.vocab_size)
 
 
 def vectors(corpus, ids, encoder, fingerprint, cache, embeddings_only=False, chunk=8192):

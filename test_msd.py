@@ -31,7 +31,7 @@ import model as M
 import msd
 import train
 from demo import corpus as demo
-from tools import checkpoints
+from tools import checkpoints, evaluation
 from tools.export import narrow
 
 HERE = Path(__file__).parent
@@ -326,17 +326,17 @@ def test_stage_loss_moves_what_the_stage_trains(tokenizer, stage):
 
 
 def test_stages_are_those_of_the_paper():
-    table = [(s.title, s.targets, s.per_side) for s in msd.STAGES.values()]
-    assert list(msd.STAGES) == [1, 2, 3, 4]
-    assert table == [
-        ("teaching assistant", "teacher", False),
-        ("align the bottleneck", "assistant", True),
-        ("distil", "assistant", True),
-        ("multilingual contrastive learning", "teacher", False),
-    ]
-    marks = [(s.embeddings_only, s.contrast, s.extra) for s in msd.STAGES.values()]
-    no = False
-    assert marks == [(no, no, no), (True, no, True), (no, no, True), (no, True, no)]
+    """Targets, passes, pairs a step, lines of a file, and what is special: not one more mark."""
+    stage = {"per_side": False, "embeddings_only": False, "contrast": False, "extra": False}
+    names = ("title", "targets", "epochs", "batch", "max_lines")
+    rows = (
+        (("teaching assistant", "teacher", 20, 64, 500_000), ()),
+        (("align", "assistant", 10, 128, 300_000), ("per_side", "embeddings_only", "extra")),
+        (("distil", "assistant", 10, 64, 300_000), ("per_side", "extra")),
+        (("multilingual contrastive learning", "teacher", 60, 64, 500_000), ("contrast",)),
+    )
+    want = [stage | dict(zip(names, row)) | dict.fromkeys(marks, True) for row, marks in rows]
+    assert [*msd.STAGES] == [1, 2, 3, 4] and [*map(vars, msd.STAGES.values())] == want
 
 
 @pytest.mark.parametrize("kind", PARITY)
@@ -445,9 +445,9 @@ def test_presets_are_the_papers():
         "vocab": 4000,
     }
     assert (msd.WARMUP, msd.WEIGHT_DECAY, msd.ADAM_EPS, msd.CLIP) == (0.1, 0.01, 1e-6, 1.0)
-    for p in msd.PRESETS.values():  # a fifth stage is a fifth value everywhere
-        schedule = (p.lr, p.batch, p.epochs, p.max_lines)
-        assert [len(values) for values in schedule] == [len(msd.STAGES)] * 4
+    for name in ("lr", "batch", "epochs", "max_lines"):  # a fifth stage is a fifth value
+        with pytest.raises(M.InputError, match=f"{name}=.*: expected 4 values, one a stage"):
+            replace(msd.PRESETS["demo"], **{name: (1,) * 5})
 
 
 def test_parse_fills_in_the_preset():
@@ -571,7 +571,7 @@ def test_check_sizes_at_their_bounds(tokenizer):
         ),
         (c, -1, (1,), 1, "--bottleneck -1: expected"),
         (c, 8, (1, 2), 0, "--recurrence 0: expected 1 or more"),
-        (with_one, 8, (1,), 1, "the assistant has a bottleneck itself"),
+        (with_one, 8, (1,), 1, "a model with a bottleneck is no assistant"),
     )
     for *given, message in bad:
         with pytest.raises(M.InputError, match=message):
@@ -1080,8 +1080,10 @@ def test_load_of_a_real_teacher_gives_its_score():
     here is float16)."""
     m = checkpoints.load(SHARED / "teacher", "float32")
     a, b, gold = data.read_sts(SHARED / "data" / "sts")["en-en"]
-    scores = train.similarity_scores(m.encode, {"en-en": (a[:400], b[:400], gold[:400])})["en-en"]
-    assert 100 * train.spearman(scores, gold[:400]) > 80
+    scores = evaluation.similarity_scores(m.encode, {"en-en": (a[:400], b[:400], gold[:400])})[
+        "en-en"
+    ]
+    assert 100 * evaluation.spearman(scores, gold[:400]) > 80
     assert (
         np.allclose(np.linalg.norm(m.encode(a[:5]), axis=1), 1, atol=1e-5)
         and np.linalg.norm(m.encode(a[:5], normalize=False), axis=1).min() > 2
@@ -1130,7 +1132,7 @@ def test_load_of_a_real_teacher_gives_its_score():
     ],
 )
 def test_ledger_to_the_unit(config, embedding, layers, total):
-    assert M.ledger(config) == {
+    assert msd.ledger(config) == {
         "embedding": embedding,
         "layers": layers,
         "other": 0,
@@ -1211,7 +1213,7 @@ def test_load_refuses_a_vocabulary_with_a_gap(tokenizer, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- model: use
-def test_encode_takes_what_people_give(tokenizer, monkeypatch):
+def test_encode_takes_what_people_give(tokenizer):
     m = tiny(tokenizer)
     want = m.encode(TEXTS)
     assert np.array_equal(m.encode(t for t in TEXTS), want)
@@ -1230,11 +1232,9 @@ def test_encode_takes_what_people_give(tokenizer, monkeypatch):
             m.encode(["a", bad])
     sizes, shown = [], []
     m.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    monkeypatch.setattr(M, "meter", lambda what: lambda *at: shown.append(at))
-    for terminal in (False, True):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda t=terminal: t)
-        assert apart(m.encode(TEXTS, batch=2), want) < 1e-5 and sizes[-4:] == [2, 2, 2, 1]
-        assert shown == [(2, 7), (4, 7), (6, 7), (7, 7)] * terminal
+    got = m.encode(TEXTS, batch=2, progress=lambda *at: shown.append(at))
+    assert apart(got, want) < 1e-5 and sizes == [2, 2, 2, 1]
+    assert shown == [(2, 7), (4, 7), (6, 7), (7, 7)]
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     assert np.array_equal(m.encode(pandas.Series(TEXTS)), want)
 
@@ -1541,20 +1541,22 @@ def test_main_with_ablations_by_flags(world, finished, tmp_path, capsys):
 
 # --------------------------------------------------------------------- train: evaluation, the table
 def test_spearman_by_hand():
-    assert list(train.ranks([10, 20, 20, 30])) == [1, 2.5, 2.5, 4]
-    assert train.spearman([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]) == pytest.approx(1)
-    assert train.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert list(evaluation.ranks([10, 20, 20, 30])) == [1, 2.5, 2.5, 4]
+    assert evaluation.spearman([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]) == pytest.approx(1)
+    assert evaluation.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     # ranks 1 2.5 2.5 4 and 1 3 2 4: covariance 4.5, variances 4.5 and 5
-    assert train.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert math.isnan(train.spearman([1, 1], [1, 2]))
+    assert evaluation.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(
+        4.5 / math.sqrt(4.5 * 5)
+    )
+    assert math.isnan(evaluation.spearman([1, 1], [1, 2]))
     for x, y in (([1, 10, 100], [5, 6, 7]), ([5, 6, 7], [1, 10, 100])):  # the order alone counts
-        assert train.spearman(x, y) == pytest.approx(1)
+        assert evaluation.spearman(x, y) == pytest.approx(1)
 
 
 def test_mean_spearman_of_sets():
     scores = {"en-en": 80, "de-de": 60, "en-de": 40, "tr-en": 20}
-    assert train.mean_spearman(scores) == (50, 70, 30)
-    everything, mono, cross = train.mean_spearman({"en-de": 40})
+    assert evaluation.mean_spearman(scores) == (50, 70, 30)
+    everything, mono, cross = evaluation.mean_spearman({"en-de": 40})
     assert (everything, cross) == (40, 40) and math.isnan(mono)
 
 
@@ -1568,7 +1570,7 @@ def test_similarity_scores_are_cosines():
         return np.stack([v[t] for t in texts])
 
     sets = {"en-en": (["a", "b"], ["c", "a"], None), "en-de": (["d"], ["b"], None)}
-    got = train.similarity_scores(encode, sets)
+    got = evaluation.similarity_scores(encode, sets)
     assert sorted(asked) == ["a", "b", "c", "d"]
     for name, (one, two, _) in sets.items():
         want = [v[a] @ v[b] / np.sqrt(v[a] @ v[a] * (v[b] @ v[b])) for a, b in zip(one, two)]
@@ -1577,12 +1579,15 @@ def test_similarity_scores_are_cosines():
 
 def test_retrieval_by_hand():
     x = np.eye(4)
-    assert train.retrieval(x, x) == (100, 100)
-    assert train.retrieval(x, x[[1, 0, 2, 3]]) == (50, 50)
-    assert train.retrieval(np.ones((4, 4)), np.ones((4, 4))) == (0, 0)  # all alike must not score
+    assert evaluation.retrieval(x, x) == (100, 100)
+    assert evaluation.retrieval(x, x[[1, 0, 2, 3]]) == (50, 50)
+    assert evaluation.retrieval(np.ones((4, 4)), np.ones((4, 4))) == (
+        0,
+        0,
+    )  # all alike must not score
     y = x.copy()
     y[1] = x[0]  # two translations are one: x0 finds a tie, x1 nothing;
-    assert train.retrieval(x, y) == (50, 75)  # backwards only y1 is led astray
+    assert evaluation.retrieval(x, y) == (50, 75)  # backwards only y1 is led astray
 
 
 @pytest.mark.parametrize("block", [1, 3, 10, 1024])
@@ -1593,13 +1598,13 @@ def test_retrieval_against_loops(block):
     y = (x + 3 * rng.normal(size=x.shape)) * rng.uniform(0.1, 9, (10, 1))
     cos = np.array([[a @ b / np.sqrt(a @ a * (b @ b)) for b in y] for a in x])
     want = tuple(100 * np.mean(c.argmax(1) == np.arange(10)) for c in (cos, cos.T))
-    assert want[0] != want[1] and train.retrieval(x, y, block) == pytest.approx(want)
-    assert train.retrieval.__defaults__ == (1024,)
+    assert want[0] != want[1] and evaluation.retrieval(x, y, block) == pytest.approx(want)
+    assert evaluation.retrieval.__defaults__ == (1024,)
 
 
 def test_describe_vectors_finds_a_collapsed_teacher():
     v = np.ones((50, 8)) + 1e-3 * np.random.default_rng(0).normal(size=(50, 8))
-    norm, cosine, constant_mse = train.describe_vectors(v)
+    norm, cosine, constant_mse = evaluation.describe_vectors(v)
     assert cosine > 0.99 and norm == pytest.approx(8**0.5, rel=1e-2)
     assert constant_mse == pytest.approx(v.var(0).mean(), rel=1e-3)
 
@@ -1616,16 +1621,19 @@ def test_evaluate_by_hand():
     sets = {"en-de": (["1a", "2a", "3a"], ["1b", "9b", "1c"], np.array([5, 0, 3]))}
     dev = {"de": (["1", "5", "9"], ["1", "5", "6"]), "fr": (["2", "7"], ["7", "2"])}
     goals = {"de": np.array([[1.0, 1.0], [5.0, 2.0], [9.0, 1.0]]), "fr": np.zeros((2, 2))}
-    row, cosines = train.evaluate(Fixed(), sets, dev, goals)
+    row, cosines = evaluation.evaluate(Fixed(), sets, dev, goals)
     cos = [(a * b + 1) / math.sqrt((a * a + 1) * (b * b + 1)) for a, b in ((1, 1), (2, 9), (3, 1))]
     assert cosines["en-de"].tolist() == pytest.approx(cos)
-    assert row["spearman"] == {"en-de": pytest.approx(100 * train.spearman(cos, [5, 0, 3]))}
+    assert row["spearman"] == {"en-de": pytest.approx(100 * evaluation.spearman(cos, [5, 0, 3]))}
     assert abs(row["spearman"]["en-de"]) == pytest.approx(50)
     assert row["accuracy"] == {"de": (100, pytest.approx(200 / 3)), "fr": (0, 0)}
     assert row["mse"]["de"] == pytest.approx([100 * 1 / 6, 100 * (1 + 9) / 6])
     assert row["mse"]["fr"] == pytest.approx([100 * (4 + 49 + 2) / 4] * 2)
     assert asked == [(6, None), (3, False), (3, False), (2, False), (2, False)]
-    assert train.evaluate(Fixed(), {}, {}, {}) == ({"spearman": {}, "accuracy": {}, "mse": {}}, {})
+    assert evaluation.evaluate(Fixed(), {}, {}, {}) == (
+        {"spearman": {}, "accuracy": {}, "mse": {}},
+        {},
+    )
 
 
 def some_scores(*sizes):
@@ -1639,33 +1647,37 @@ def some_scores(*sizes):
 
 def test_bootstrap_of_a_model_with_itself_and_a_better_one():
     sets, bad, good = some_scores(200, 150)
-    assert all(v == [0, 0, 0] for v in train.bootstrap(sets, good, good, 50).values())
-    got = train.bootstrap(sets, bad, good, 200)
-    score = lambda c, k: 100 * train.spearman(c[k], sets[k][2])
+    assert all(v == [0, 0, 0] for v in evaluation.bootstrap(sets, good, good, 50).values())
+    got = evaluation.bootstrap(sets, bad, good, 200)
+    score = lambda c, k: 100 * evaluation.spearman(c[k], sets[k][2])
     mono, cross = (score(good, k) - score(bad, k) for k in sets)
     assert got["mono"][0] == pytest.approx(mono) and got["cross"][0] == pytest.approx(cross)
     assert got["all"][0] == pytest.approx((mono + cross) / 2)
     assert all(0 < low < d < high for d, low, high in got.values())
-    assert list(train.bootstrap({"en-en": sets["en-en"]}, bad, good, 5)) == ["all", "mono"]
+    assert list(evaluation.bootstrap({"en-en": sets["en-en"]}, bad, good, 5)) == ["all", "mono"]
+    for n, known in ((10, True), (9, False)):  # of fewer nothing is sure
+        assert bool(evaluation.bootstrap(*some_scores(20, n), 5)) == known
 
 
 def test_bootstrap_against_loops():
     """95 % of a thousand resamples, of both models' same pairs; sets of one length, whose pairs
     translate each other, are drawn alike."""
-    sets, a, b = some_scores(9, 12, 9, 12)
+    sets, a, b = some_scores(11, 13, 11, 13)
     rng, draws = np.random.default_rng(3), []
     for _ in range(40):
-        rows = {n: rng.integers(0, n, n) for n in (9, 12)}
+        rows = {n: rng.integers(0, n, n) for n in (11, 13)}
         gaps = {}
         for k, (_, _, gold) in sets.items():
             i = rows[len(gold)]
-            gaps[k] = 100 * (train.spearman(b[k][i], gold[i]) - train.spearman(a[k][i], gold[i]))
+            gaps[k] = 100 * (
+                evaluation.spearman(b[k][i], gold[i]) - evaluation.spearman(a[k][i], gold[i])
+            )
         draws.append((np.mean([*gaps.values()]), gaps["en-en"] / 2 + gaps["de-de"] / 2))
-    got = train.bootstrap(sets, a, b, 40, seed=3)
+    got = evaluation.bootstrap(sets, a, b, 40, seed=3)
     for kind, values in zip(("all", "mono"), zip(*draws)):
         bounds = [np.interp(share * 39, range(40), sorted(values)) for share in (0.025, 0.975)]
         assert got[kind][1:] == pytest.approx(bounds)
-    assert train.bootstrap.__defaults__ == (1000, 0)
+    assert evaluation.bootstrap.__defaults__ == (1000, 0)
 
 
 def test_similarity_of_the_demo():

@@ -371,7 +371,9 @@ def test_dense_and_prompt(folder, tmp_path):
         checkpoints.load(tmp_path / "ours", "float32").encode(TEXTS), got.encode(TEXTS)
     )
     student = msd.make_student(got, 8, (1, 2), 2)
-    assert student.config.width == 8 and M.ledger(student.config)["other"] == 32 * 24 + 24 + 24 * 8
+    assert (
+        student.config.width == 8 and msd.ledger(student.config)["other"] == 32 * 24 + 24 + 24 * 8
+    )
     assert all(
         torch.equal(a, b) for a, b in zip(student.dense.parameters(), got.dense.parameters())
     )

@@ -21,7 +21,7 @@ from tools import checkpoints
 
 def test_a_folder_that_appears_at_the_last_moment(tmp_path, monkeypatch):
     """The faster process is taken, whenever it comes; another machine's half is left alone."""
-    other = write(tmp_path / f".x.tmp-{platform.node()}-2@1", "half")
+    other = write(tmp_path / f".x.tmp-{data.digest(platform.node())}@999999999", "half")
     real = os.replace
 
     def late(old, new):
@@ -189,7 +189,7 @@ def test_text_and_config_fuzz(tmp_path, tokenizer):
                 write(tmp_path / "m" / "config.json", mutate(rng, config))
                 said = M.collect(tmp_path / "m")
                 said |= checkpoints.complete(said, shapes, "config.json")
-                c = M.configure(tmp_path / "m", said, 1)
+                c = M.check_config(tmp_path / "m", said, 1)
                 assert (c.vocab_size, c.num_hidden_layers) == (
                     table[0],
                     4,

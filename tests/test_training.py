@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,7 +62,7 @@ def models(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
-def small(tmp_path):
+def small(tmp_path, models):
     """run(*flags): a run of 21 pairs, 8 more for stages 2 and 3, and 9 of dev, ready for a stage.
     An English sentence has two translations; all that a stage may have of its own differs."""
     pairs, extra = some_pairs(20, 1), some_pairs(8, 2)
@@ -72,9 +73,10 @@ def small(tmp_path):
 
     def run(*flags, name="run"):
         each = [x for k, v in STAGE.items() for x in (f"--{k}", ",".join(map(str, v)))]
-        usual = "--teacher T --train x --dtype float32 --device cpu --seed 3 --dropout 0.1".split()
-        args = train.parse(["--out", str(tmp_path / name), *usual, *each, *map(str, flags)])
-        args.cache = tmp_path / "cache"
+        usual = "--dtype float32 --device cpu --seed 3 --dropout 0.1".split()
+        usual += ["--teacher", models["teacher"], "--train", files[0], "--extra", more[0]]
+        usual += ["--dev", dev[0], "--cache", tmp_path / "cache", "--out", tmp_path / name]
+        args = train.parse([str(x) for x in (*usual, *each, *flags)])
         args.out.mkdir(exist_ok=True)
         made = train.Run(args)
         made.sts, made.corpus = {}, data.build_corpus(files, args.cache, more)
@@ -391,13 +393,13 @@ def test_train_stage_resumes_every_stage_to_the_bit(world, finished, tmp_path, m
     real, calls, stopped = msd.stage_loss, [], set()
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
 
-    def fragile(stage, *rest):
+    def fragile(stage, *rest, **how):
         if not torch.is_inference_mode_enabled():  # in training, not for dev
             calls.append(stage)
             if calls.count(stage) == 3 and stage not in stopped:
                 stopped.add(stage)
                 raise KeyError("the power is gone")
-        return real(stage, *rest)
+        return real(stage, *rest, **how)
 
     monkeypatch.setattr(msd, "stage_loss", fragile)
     for _ in range(4):
@@ -472,7 +474,7 @@ def test_train_stage_takes_fewer_than_a_pass(models, small, monkeypatch):
     terms = [fit.loss_at(step)[0] for step in range(3)]
     assert [list(t) for t in terms] == [["en", "tr"]] * 3
     assert not any(call.contrast for call in calls)
-    made = sorted(len(np.load(f)) for f in run.args.cache.glob("vectors-*.npy"))
+    made = sorted(len(np.load(f)) for f in Path(run.args.cache).glob("vectors-*.npy"))
     known = texts_of(fit.model, {t for pair in run.pairs[4] for t in pair})
     english = {a for call in calls for a in read_batch(call, known)[0]}
     assert made == sorted([9, len(english)])  # dev's and those of three batches
@@ -508,7 +510,7 @@ def test_train_stage_reads_a_sample_of_a_large_dev(models, small, monkeypatch, t
     fit, seen = caught_fit(monkeypatch, run, 4, models), []
     known = texts_of(fit.model, {t for pair in many for t in pair})
 
-    def spy(stage, model, ids, mask, y_s, *rest):
+    def spy(stage, model, ids, mask, *rest, **how):
         seen.extend(read_batch(SimpleNamespace(ids=ids, mask=mask), known)[0])
         return {"en": torch.zeros(())}
 
@@ -585,7 +587,7 @@ def test_pipeline_hands_each_stage_its_start(flags, models, small, monkeypatch):
     """The paper's figure: what each stage starts from, whose targets it may take, what the table
     is made of. Nothing is trained."""
     given = flags.replace("GIVEN", str(models["assistant"])).split()
-    run, seen, table = small("--teacher", models["teacher"], *given), {}, {}
+    run, seen, table = small(*given), {}, {}
     cut = "--keep-vocab" in flags
     for name in ("read_inputs", "write_run_json", "look_at_teacher"):
         monkeypatch.setattr(train, name, lambda *a: None)
@@ -721,10 +723,10 @@ def test_train_stage_in_two_processes_gives_the_gradients_of_one(models, small, 
         M.write_safetensors(run.out / f"{name} {run.rank}", seen)
 
     monkeypatch.setattr(train, "fit", fit)
-    flags = "--epochs 1 --batch 10,14,14,10 --dropout 0 --teacher".split()
+    flags = "--epochs 1 --batch 10,14,14,10 --dropout 0".split()
 
     def stages(name):
-        run = small(*flags, models["teacher"], name=name)
+        run = small(*flags, name=name)
         for k in msd.STAGES:
             train.train_stage(run, k, models, models["student"], run.out / f"after{k}")
         return run.out

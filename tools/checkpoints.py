@@ -13,8 +13,8 @@ from pathlib import Path
 from tokenizers import normalizers
 
 import model as M
-from data import digest
-from model import InputError, is_count, need, note, read_json, reading
+from data import digest, note
+from model import InputError, is_count, need, read_json, reading
 
 TEACHERS = "all-MiniLM-L6-v2, all-distilroberta-v1, paraphrase-MiniLM-L12-v2"  # that work
 POOLING = {  # sentence-transformers' names and ours
@@ -57,9 +57,12 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
         state |= {f"dense.{i}.{k}": t for k, t in found.items()}
     said = M.collect(body, modules)
     lower_case, _ = said.pop("do_lower_case", (False, None))
+    cut, file = said.pop("truncate_dim", (None, None))
     shapes = {k: tuple(t.shape) for k, t in state.items()}
-    said |= complete(said, shapes, body / "config.json")
-    config = M.configure(body, said, pad_id)
+    config = M.check_config(body, said | complete(said, shapes, body / "config.json"), pad_id)
+    if not (cut is None or is_count(cut) and cut >= config.width):
+        least = f"none, or {config.width} and more"
+        raise InputError(f"{file}: truncate_dim is {cut!r}, expected {least}")
     if lower_case:
         steps = [normalizers.Lowercase(), tokenizer.normalizer or normalizers.Sequence([])]
         tokenizer.normalizer = normalizers.Sequence(steps)
@@ -138,15 +141,18 @@ def read_weights(folder, convert):
         need(tensors.keys().isdisjoint(found), f"{file}: holds what another file holds, too")
         tensors |= found
     with reading(folder, "an encoder's weights"):
-        return M.from_hf(body_of(tensors, folder))
+        state = M.from_hf(body_of(tensors, folder))
+        table = state.get("embeddings.word.weight")
+        need(table is not None and table.dim() == 2, f"no 2-dimensional {M.TABLE}")
+    return state
 
 
 def body_of(tensors, folder):
-    """(name, tensor) pairs of the encoder in anybody's checkpoint, by Hugging Face's bare names.
+    """The tensors of the encoder in anybody's checkpoint, by Hugging Face's bare names.
 
     It is where the word table is, whatever a training wrapper put before or between; heads are left
-    out. What is no known head passes through, for a strict load to list.
-    Raises: InputError for two encoders.
+    out. What is no known head stays, for a strict load to list.
+    Raises: InputError for two encoders, and for a weight that is there twice.
     """
     clean = []
     for name, t in tensors.items():  # without module., _orig_mod., _fsdp_wrapped_module. and kin
@@ -156,14 +162,15 @@ def body_of(tensors, folder):
     tables = {name.removesuffix(M.TABLE) for name, _ in clean if name.endswith(M.TABLE)}
     if len(tables) > 1:
         raise InputError(f"{folder}: encoders under {sorted(tables)}; keep one of them in the file")
-    prefix, out, heads = "".join(tables), [], set()
+    prefix, out, heads = "".join(tables), {}, set()
     for name, t in clean:
         name = name.removeprefix(prefix)
         found = HEADS.intersection(name.split("."))
         if found and not name.startswith(("embeddings.", "encoder.")):
             heads |= found
         elif not name.endswith("position_ids"):
-            out.append((name, t))
+            need(name not in out, f"{name} is there twice")
+            out[name] = t
     if heads - {"pooler"}:
         needless = ", ".join(sorted(heads))
         note(f"{folder}: left out, as an encoder does not need them: {needless}")

@@ -16,7 +16,8 @@ from torch import nn
 
 import model as M
 from data import atomic
-from model import ACTIVATIONS, InputError, Linear, ledger, need, read_json, reading
+from model import ACTIVATIONS, InputError, Linear, need, read_json, reading
+from msd import ledger
 from tools.checkpoints import POOLING, load
 
 FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}  # in class names
@@ -163,7 +164,8 @@ def origin(folder):
     """(languages, text): scores and origin of a model, by results.json beside its folder."""
     with contextlib.suppress(InputError), reading(folder, "of a run"):  # the file may be anybody's
         results = read_json(folder.parent / "results.json")
-        row = [v for k, v in results["rows"].items() if k.split(",")[0] == folder.name][-1]
+        rows = results["rows"].items()  # older ones name their folder in the label alone
+        row = [v for k, v in rows if v.get("folder", k.split(",")[0]) == folder.name][-1]
         scores = {k: v for k, v in row["spearman"].items() if not math.isnan(v)}
         text = ""
         if scores:
