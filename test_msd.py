@@ -544,6 +544,9 @@ def test_make_student_starts_from_noise_as_the_paper(tokenizer):
     A = tiny(tokenizer)
     one, two, other = (msd.make_student(A, 8, (1, 2), 3, "paper", seed) for seed in (4, 4, 5))
     assert same(one, two) and not same(one, other)
+    assert same(
+        msd.make_student(A, 8, (1,), 1, "paper"), msd.make_student(A, 8, (1,), 1, "paper", 0)
+    )
     e = one.embeddings
     for part in (e.word, e.project, e.position):
         assert 0.017 < part.weight.std() < 0.023
@@ -576,6 +579,15 @@ def test_check_sizes_at_their_bounds(tokenizer):
     for *given, message in bad:
         with pytest.raises(M.InputError, match=message):
             msd.check_sizes(*given)
+
+
+def test_principal_directions_of_a_large_table():
+    """Summed piece by piece: each row keeps its own weight."""
+    E, counts = random64(40_000, 6).float(), np.arange(40_000) ** 2
+    P = msd.principal_directions(E, 2, counts).double()
+    root = torch.from_numpy(counts**0.375)[:, None]
+    want = torch.linalg.svd(root * E.double(), full_matrices=False)[2][:2]
+    assert torch.allclose((want @ P).svd()[1], torch.ones(2, dtype=torch.float64), atol=1e-6)
 
 
 def test_principal_directions_of_a_damaged_table():
@@ -663,40 +675,34 @@ def test_align_against_loops():
 
 def test_make_assistant_learns_translations(tokenizer):
     """A word of another language starts at the row of the English word it stands for, one of both
-    at the mean of the two."""
-    T = tiny(tokenizer)
-    text = [
-        ("man", "mann"),
-        ("man two", "mann boy"),
-        ("two", "boy"),
-        ("two", "boy"),
-        ("boy", "zon"),
-        ("man", "猫"),
-    ]
+    at the mean of the two: each piece at the mean of its spelling, by its uses in English, and of
+    what it translates, by links."""
+    T = rough(tiny(tokenizer))
+    text = [("man", "mann"), ("man two", "mann boy"), ("two", "boy")]
+    text += [("two", "boy"), ("boy", "zon"), ("man", "猫")]
     new = data.train_tokenizer([x for pair in text[:-1] * 20 for x in pair], 60, lower_case=True)
-    A = msd.make_assistant(T, new, *zip(*text))
-    plain = msd.make_assistant(T, new).embeddings.word.weight
-
-    def row(word):
-        ids = T.tokenizer.encode(word, add_special_tokens=False).ids
-        return T.embeddings.word.weight[ids].mean(0)
-
-    got = {
-        w: A.embeddings.word.weight[new.token_to_id("▁" + w)]
-        for w in ("man", "mann", "two", "boy", "zon")
-    }
+    english, foreign = zip(*text)
+    A = msd.make_assistant(T, new, english, foreign)
+    rows, word = A.embeddings.word.weight, T.embeddings.word.weight
+    links = [x.tolist() for x in msd.align(*T.tokenize(english, ""), *A.tokenize(foreign))]
+    uses = [i for t in english for i in new.encode(t).ids]
+    for piece, i in new.get_vocab().items():
+        if piece in data.SPECIAL:
+            continue
+        spelling = T.tokenizer.encode(piece.replace("▁", " "), add_special_tokens=False).ids
+        use = max(uses.count(i), 1e-6)
+        parts = [(use / len(spelling), k) for k in spelling]
+        parts += [(n, e) for f, e, n in zip(*links) if f == i]
+        want = sum(n * word[k] for n, k in parts) / sum(n for n, _ in parts)
+        assert torch.allclose(rows[i], want, atol=1e-5), piece
+    row = lambda w: word[T.tokenizer.encode(w, add_special_tokens=False).ids].mean(0)
     near = lambda a, b: float(torch.nn.functional.cosine_similarity(a, b, 0).detach())
-    assert torch.allclose(got["man"], row("man"), atol=1e-5)
-    assert torch.allclose(got["zon"], row("boy"), atol=1e-5)
+    got = {w: rows[new.token_to_id("▁" + w)] for w in ("mann", "boy")}
     assert near(got["mann"], row("man")) > 0.95
-    both = (
-        3 * row("two") + row("boy")
-    ) / 4  # three times a translation of two, once English itself
+    both = (3 * row("two") + row("boy")) / 4  # three times a translation, once English itself
     assert near(got["boy"], both) > 0.95 > near(got["boy"], row("boy"))
-    for name in data.SPECIAL:
-        assert torch.equal(
-            A.embeddings.word.weight[new.token_to_id(name)], plain[new.token_to_id(name)]
-        )
+    plain = msd.make_assistant(T, new).embeddings.word.weight
+    assert all(torch.equal(rows[i], plain[i]) for i in map(new.token_to_id, data.SPECIAL))
     assert 3 in new.encode("猫").ids  # a character that the vocabulary lacks moves no special row
 
 
