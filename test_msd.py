@@ -1050,6 +1050,28 @@ def test_read_tokenizer_finds_the_pad_id(tokenizer, tmp_path, said, name, pad_id
         assert apart(back.encode(["a man", "a"]), want) < 1e-5
 
 
+def test_tokenize_puts_the_prompt_before_and_cuts_behind(tokenizer):
+    own = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    m = tiny(own, max_seq_length=6, prompt="q: ")
+    for prompt, how in (("q: ", {}), ("", {"prompt": ""}), ("x ", {"prompt": "x "})):
+        flat, starts = m.tokenize(TEXTS[:3], **how)
+        for text, a, b in zip(TEXTS, starts, starts[1:]):
+            want = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+            want.no_truncation()
+            ids = want.encode(prompt + text).ids
+            assert flat[a:b].tolist() == [*ids[:5], 2][: len(ids)]  # start and end included
+
+
+def test_embed_is_without_dropout_and_encode_normalizes(tokenizer):
+    """Whatever the mode, which stays as it was."""
+    m = tiny(tokenizer, dropout=0.5, normalize=True)
+    want = m.eval().embed(*m.tokenize(TEXTS))
+    assert np.array_equal(m.train().embed(*m.tokenize(TEXTS)), want) and m.training
+    unit = want / np.sqrt((want**2).sum(1, keepdims=True))
+    assert apart(m.encode(TEXTS), unit) < 1e-6
+    assert np.array_equal(m.encode(TEXTS, normalize=False), want) and not M.unit(want * 0).any()
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
 def test_hidden_equals_that_of_transformers(kind, tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -1330,6 +1352,34 @@ def test_build_corpus_tokens_and_vectors(tmp_path, tokenizer):
     with pytest.raises(M.InputError, match="no usable sentence pairs"):
         data.build_corpus([write(tmp_path / "empty.tsv", "")], tmp_path / "cache")
     assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_vectors_and_tokens_are_stored_by_all_that_makes_them(tmp_path, tokenizer):
+    """Targets are the encoder's own vectors, before a Normalize, in float16; a change of whatever
+    makes them finds nothing that is stored of another. So do files, their limits and tokens."""
+    own = lambda: tokenizers.Tokenizer.from_str(tokenizer.to_str())  # each its own truncation
+    file = write(tmp_path / "en-de.tsv", "a man reads\tein Mann\ntwo dogs run\tzwei Hunde\n")
+    more = write(tmp_path / "en-fr.tsv", "two cats\tdeux chats\na man\tun homme\n")
+    cache = tmp_path / "cache"
+    limits = ({}, {"max_chars": 11}, {"max_lines": 1}, {"extra": [more]})
+    corpora = [data.build_corpus([file], cache, **x) for x in limits]
+    assert [len(c.pairs) for c in corpora] == [2, 1, 1, 4]
+    bfloat16 = rough(tiny(own(), pooling="cls"))
+    bfloat16.dtype = torch.bfloat16
+    encoders = [rough(tiny(own(), pooling="cls")), rough(tiny(own(), seed=1)), bfloat16]
+    changes = ({"prompt": "q: "}, {"max_seq_length": 4}, {"normalize": True})
+    encoders += [rough(tiny(own(), pooling="cls", **x)) for x in changes]
+    names = ["x", "y", "x", "x", "x", "z"]
+    for c in corpora[::2]:
+        for m, name in zip(encoders, names):
+            flat, starts = data.tokens(c, m, cache)
+            want = m.tokenize(c.texts(slice(None)))
+            assert np.array_equal(flat, want[0]) and np.array_equal(starts, want[1])
+            for ids in (np.arange(2), np.array([1, 0]), np.array([0])):
+                for only in (False, True):
+                    v = data.vectors(c, ids, m, name, cache, only)
+                    want = m.embed(*m.tokenize(c.texts(ids)), only).astype(np.float16)
+                    assert v.dtype == np.float16 and np.array_equal(v, want)
 
 
 # ------------------------------------------------------------------------ data: vocabulary, batches
@@ -1698,7 +1748,7 @@ def test_similarity_of_the_demo():
 
 # --------------------------------------------------------------------------------------- the README
 def test_readme_audit_table_is_that_of_the_mutations():
-    """Each row names a function that exists, the number of changes tried and the tests that fail."""
+    """Each row names a function, the tests that must fail, and the number of changes tried."""
     text = (HERE / "README.md").read_text("utf-8")
     rows = re.findall(r"^\| (.+) \| `([\w.]+)` \| (`test_[^|]+`) \| (\d+) \|$", text, re.M)
     assert all(callable(pkgutil.resolve_name(path)) for _, path, *_ in rows)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 import data
@@ -24,9 +25,11 @@ from test_msd import (
     plain_stage_loss,
     random64,
     rough,
+    same,
     tiny,
     write,
 )
+from tools import evaluation
 
 
 # ------------------------------------------------------------------- fixtures that can tell a stage
@@ -643,6 +646,81 @@ def test_start_student_gives_make_student_what_was_asked(models, small, monkeypa
     made = given.pop("assistant").state_dict()
     assert all(torch.equal(v, made[k]) for k, v in assistant.state_dict().items())
     assert given == {"B": 9, "layers": (2, 4), "R": 3, "init": "paper", "seed": 3}
+
+
+@pytest.mark.parametrize("lower_case", [True, False])
+def test_start_assistant_learns_from_the_pairs(lower_case, models, small, monkeypatch, tmp_path):
+    """A vocabulary of the corpus, cased as the teacher's; its start from pairs of anywhere."""
+    run, given = small("--vocab", 120), {}
+    teacher = M.load(models["teacher"], "float32")
+    if not lower_case:
+        teacher.tokenizer.normalizer = tokenizers.normalizers.NFKC()
+    teacher.save(tmp_path / "cased")
+    monkeypatch.setattr(data, "vocabulary", lambda *a: a)
+    monkeypatch.setattr(msd, "make_assistant", lambda *a: given.update(args=a))
+    seen = []
+    for most in (300_000, 5):
+        monkeypatch.setattr(msd, "ALIGNED_PAIRS", most)
+        train.start_assistant(run, tmp_path / "cased")
+        made, (corpus, size, lower, _), *sides = given["args"]
+        assert same(made, teacher)
+        assert (corpus, size, lower) == (run.corpus, 120, lower_case)
+        seen.append(list(zip(*map(list, sides))))
+    assert sorted(seen[0]) == sorted(run.pairs[2])
+    assert len(seen[1]) == 5 and set(seen[1]) <= set(seen[0]) and seen[1] != seen[0][:5]
+
+
+def test_start_cut_assistant_by_the_counts_of_the_corpus(models, small, monkeypatch):
+    run, given = small("--assistant", models["assistant"], "--keep-vocab", 400), {}
+    real = data.cut_vocabulary
+
+    def spy(tokenizer, counts, size):
+        given.update(counts=counts, size=size)
+        return real(tokenizer, counts, size)
+
+    monkeypatch.setattr(data, "cut_vocabulary", spy)
+    cut = train.start_cut_assistant(run)
+    assistant = M.load(models["assistant"], "float32")
+    flat, _ = assistant.tokenize(sorted({t for pair in run.pairs[2] for t in pair}))
+    want = np.bincount(flat, minlength=assistant.config.vocab_size)
+    assert np.array_equal(given["counts"], want)
+    assert given["size"] == 400 == cut.config.vocab_size
+    assert same(cut.layers, assistant.layers)
+
+
+def test_evaluate_all_compares_with_the_teachers_english(models, small):
+    """The teacher is scored on en-en alone; its vectors of dev's English sides are all others'
+    goals."""
+    run = small()
+    dev = run.dev.by_language()
+    sets = {k: ([*dev["de"][0]], [*dev["de"][1]], np.arange(9.0)) for k in ("en-en", "en-de")}
+    labels = ("teacher", "assistant", "student")
+    got = {
+        label: (row, cosines)
+        for label, row, cosines in evaluation.evaluate_all(
+            run.load, {k: models[k] for k in labels}, sets, dev
+        )
+    }
+    assert list(got["teacher"][0]["spearman"]) == ["en-en"] and not got["teacher"][0]["mse"]
+    goal = run.load(models["teacher"]).encode(dev["de"][0], normalize=False)
+    for label in labels[1:]:
+        row, model = got[label][0], run.load(models[label])
+        want, cosines = evaluation.evaluate(model, sets, dev, {"de": goal})
+        assert row == want | {"sizes": msd.ledger(model.config)}
+        assert all(np.array_equal(v, got[label][1][k]) for k, v in cosines.items())
+
+
+def test_finish_compares_the_last_model_with_the_assistant(models, small, monkeypatch):
+    run = small()
+    scores = {k: np.random.default_rng(i).normal(size=30) for i, k in enumerate(models)}
+    run.sts = {"en-en": ([], [], np.arange(30.0))}
+    made = [(k, {"spearman": {}}, {"en-en": v}) for k, v in scores.items()]
+    monkeypatch.setattr(train, "evaluate_all", lambda *a: made)
+    train.finish(run, models)
+    results = M.read_json(run.out / "results.json")
+    a, b = ({"en-en": scores[k]} for k in ("assistant", "student"))
+    assert results["bootstrap"] == evaluation.bootstrap(run.sts, a, b)
+    assert list(results["rows"]) == ["teacher", "assistant", "student"]
 
 
 # ----------------------------------------------------------------------- train: several processes
