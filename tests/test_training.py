@@ -330,11 +330,12 @@ def test_fit_stops_at_a_loss_that_is_not_finite(tmp_path, monkeypatch):
     told = (
         "x: by step {} the loss or the gradient norm is not finite. Choose a lower --lr and anoth"
     )
-    toy, spoilt = Toy(), {"c": torch.tensor(math.inf)}
-    for seconds, found, saved in ((-1, 4, "3"), (1e9, 5, None)):  # it looks every fifth step of 500
+    toy = Toy()  # it looks at every fifth step of 500, and before a save
+    for seconds, found, saved, value in ((-1, 4, "3", math.nan), (1e9, 5, None, math.inf)):
+        spoilt = {"c": torch.tensor(value)}
         monkeypatch.setattr(train, "SAVE_SECONDS", seconds)
         run = a_run(tmp_path / str(found))
-        terms = lambda step: {**toy_terms(toy), **spoilt} if step == 3 else toy_terms(toy)
+        terms = lambda step, c=spoilt: toy_terms(toy) | (c if step == 3 else {})
         with pytest.raises(M.InputError, match=told.format(found)):
             train.fit(run, "x", toy, 500, 1e-3, lambda step, terms=terms: (terms(step), 1))
         file = run.out / "checkpoint.safetensors"
