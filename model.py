@@ -307,19 +307,16 @@ class Encoder(nn.Module):
     def forward(self, ids, mask, embeddings_only=False):
         """ids, mask (N, T) -> sentence vectors (N, width), float32, before any Normalize.
 
-        embeddings_only: (N, H), the mean of the embedding block, whatever the pooling is, as there
-        the first token is the same in every sentence.
-        """
+        embeddings_only: (N, H), the mean of the embedding block, in which a first token would be
+        the same in every sentence."""
         x = self.hidden(ids, mask, embeddings_only)  # (N, T, H)
         if embeddings_only:
             return pool(x, mask, "mean")
         return self.dense(pool(x, mask, self.config.pooling))
 
     def tokenize(self, texts, prompt=None, chunk=2**14):
-        """Texts -> (flat ids (sum of lengths,) uint32, starts (n + 1,) int64), truncated.
-
-        prompt: put before every text; None: the model's own.
-        """
+        """Texts -> (flat ids (sum of lengths,) uint32, starts (n + 1,) int64), truncated. prompt:
+        put before every text; None: the model's own."""
         prompt = self.config.prompt if prompt is None else prompt
         texts = [prompt + t for t in texts] if prompt else texts
         flat, lengths = [np.zeros(0, np.uint32)], [np.zeros(1, np.int64)]
@@ -453,11 +450,10 @@ def is_count(value, limit=2**62):
 
 
 def read_safetensors(path, convert=None, fix=". Fetch or export it again"):
-    """(tensors by name, metadata) of a safetensors file.
+    """(tensors by name, metadata) of a safetensors file. Raises: InputError with the reason.
 
     Tensors are views of a private mapping of the file: a page costs memory when it is used.
     convert: called with (name, tensor) of one after the other, gives what is kept instead.
-    Raises: InputError with the file and the reason.
     """
     with reading(path, "a valid safetensors file", fix):
         with open(path, "rb") as f:
