@@ -127,11 +127,8 @@ class Int8Weight:
 
 
 class Linear(Int8Weight, nn.Linear):
-    """A linear map whose weights follow the dtype of its input, then an activation.
-
-    Master weights stay float32 and are cast once a call: autocast does the same with more copies,
-    which cost more than the products at these sizes.
-    """
+    """A linear map whose weights follow the dtype of its input, then an activation. They are cast
+    once a call: autocast makes more copies, which cost more than the products at these sizes."""
 
     packed = None  # the weight in oneDNN's own order, while Encoder.packed() lasts
 
@@ -315,19 +312,16 @@ class Encoder(nn.Module):
     def forward(self, ids, mask, embeddings_only=False):
         """ids, mask (N, T) -> sentence vectors (N, width), float32, before any Normalize.
 
-        embeddings_only: (N, H), the mean of the embedding block, whatever the pooling is, as there
-        the first token is the same in every sentence.
-        """
+        embeddings_only: (N, H), the mean of the embedding block, in which a first token would be
+        the same in every sentence."""
         x = self.hidden(ids, mask, embeddings_only)  # (N, T, H)
         if embeddings_only:
             return pool(x, mask, "mean")
         return self.dense(pool(x, mask, self.config.pooling))
 
     def tokenize(self, texts, prompt=None, chunk=2**14):
-        """Texts -> (flat ids (sum of lengths,) uint32, starts (n + 1,) int64), truncated.
-
-        prompt: put before every text; None: the model's own.
-        """
+        """Texts -> (flat ids (sum of lengths,) uint32, starts (n + 1,) int64), truncated. prompt:
+        put before every text; None: the model's own."""
         prompt = self.config.prompt if prompt is None else prompt
         texts = [prompt + t for t in texts] if prompt else texts
         flat, lengths = [np.zeros(0, np.uint32)], [np.zeros(1, np.int64)]
@@ -461,11 +455,10 @@ def is_count(value, limit=2**62):
 
 
 def read_safetensors(path, convert=None, fix=". Fetch or export it again"):
-    """(tensors by name, metadata) of a safetensors file.
+    """(tensors by name, metadata) of a safetensors file. Raises: InputError with the reason.
 
     Tensors are views of a private mapping of the file: a page costs memory when it is used.
     convert: called with (name, tensor) of one after the other, gives what is kept instead.
-    Raises: InputError with the file and the reason.
     """
     with reading(path, "a valid safetensors file", fix):
         with open(path, "rb") as f:
@@ -682,8 +675,8 @@ def best_dtype(device):
     else:
         cpu = torch.cpu
         what, has = "CPU", cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported()
-    why = f"the {what} has {'' if has else 'no '}bfloat16 units"
-    return "bfloat16" if has else "float32", why
+    name = "bfloat16" if has else "float32"
+    return name, f"the {what} has {'' if has else 'no '}bfloat16 units"
 
 
 def arithmetic(dtype, device, train):
@@ -703,16 +696,18 @@ def arithmetic(dtype, device, train):
 
 
 def assemble(folder, config, tokenizer, state, dtype, device, train):
-    """The Encoder of what was read from a folder. state: its weights, by our names.
-
-    Raises: InputError where tokenizer, config and weights are not of one model.
-    """
+    """The Encoder of what was read from a folder. state: its weights, by our names. Raises:
+    InputError where tokenizer, config and weights are not of one model."""
     ids = [tokenizer.get_vocab_size() - 1, *tokenizer.get_added_tokens_decoder()]
     if not isinstance(tokenizer.model, Unigram):  # the one without gaps; listing it takes a while
         ids += tokenizer.get_vocab().values()
     if max(ids) >= config.vocab_size:
         few = f"token ids up to {max(ids)}, but the word table has {config.vocab_size} rows"
         raise InputError(f"{folder / 'tokenizer.json'}: {few}; not of one model")
+    K = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+    if config.num_hidden_layers != K:  # before a wrong number of them is built
+        wrong = f"num_hidden_layers is {config.num_hidden_layers}, expected {K}"
+        raise InputError(f"{folder / 'config.json'}: {wrong}, the layers in the weights")
     with torch.device("meta"):  # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, dtype)
     with reading(folder / "model.safetensors", "the weights that config.json describes"):
@@ -733,6 +728,7 @@ def load(folder, dtype=None, device=None, train=False):
     Raises: InputError naming the file and the fix for anything missing, damaged or unsupported.
     """
     folder = Path(folder)
+    need(folder.is_dir(), f"{folder}: no such model directory")
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         need((folder / name).exists(), f"{folder / name}: no such file; {ELSEWHERE}")
     said = collect(folder)

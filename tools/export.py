@@ -194,11 +194,22 @@ def describe(model):
     return "\n".join(lines)
 
 
+def describe_code():
+    """What the files of SHIPPED do and how much there is to read before they are trusted."""
+    texts = [file.read_text("utf-8") for file in SHIPPED]
+    n = sum(bool(line.strip()) for text in texts for line in text.splitlines())
+    return f"""What `trust_remote_code=True` runs is {" and ".join(f"`{f.name}`" for f in SHIPPED)},
+{n} lines without the blank ones. They read the files of this folder, compute, and write where
+`save` is told to; they use no network of their own, start no process and delete nothing.
+
+"""
+
+
 def model_card(model, source, name, weights, onnx, plain):
     """README.md for a hub, of the model that was read from the folder `source`."""
     c = model.config
     languages, made = origin(source)
-    trust = "" if plain else ", trust_remote_code=True"
+    trust, code = ("", "") if plain else (", trust_remote_code=True", describe_code())
     uses = f"""from sentence_transformers import SentenceTransformer
 SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])
 """
@@ -237,7 +248,7 @@ Sentences to vectors, compared by cosine. Its weights are stored in {weights}.
 {made}Made by multi-stage distillation ([arXiv 2209.05869](https://arxiv.org/abs/2209.05869)).
 The licences of teacher, assistant and training data apply to this model; the code is MIT.
 
-{textwrap.indent(uses + (bare if plain else here) + others * onnx, "    ")}
+{code}{textwrap.indent(uses + (bare if plain else here) + others * onnx, "    ")}
 Its shape, and its size by part and precision:
 
 {textwrap.indent(describe(model), "    ")}
