@@ -5,6 +5,8 @@ import functools
 import json
 import logging
 import math
+import re
+import shlex
 import textwrap
 import warnings
 from dataclasses import replace
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import model as M
@@ -22,6 +25,12 @@ from tools.checkpoints import POOLING, load
 FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}  # in class names
 FAMILIES |= {"camembert": "Camembert"}
 SHIPPED = (Path(M.__file__), Path(__file__).with_name("sentence_encoder.py"))
+TWO_LETTERS = """aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv
+cy da de dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id
+ie ig ii ik io is it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh
+mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa
+sc sd se sg si sk sl sm sn so sq sr ss st su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve
+vi vo wa wo xh yi yo za zh zu"""  # ISO 639-1
 BYTES = {"float32": 4, "float16": 2, "int8": 1}  # a parameter, in the files that export makes
 
 
@@ -59,14 +68,28 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
 def unroll(model):
     """Make it an ordinary encoder of the same vectors, without bottleneck and recurrence.
 
-    The word table (V, B) is multiplied by the map B -> H, and the K layers are listed R times.
+    The word table (V, B) is multiplied by the map B -> H, and the K layers are listed R times. BERT
+    with XLM-R's tokenizer becomes an XLM-R, as llama.cpp chooses the one by the other.
     """
     c, e = model.config, model.embeddings
+    if c.model_type == "bert" and charsmap(model.tokenizer):  # positions count from pad_id + 1
+        rows = c.pad_token_id + 1
+        e.position.weight = nn.Parameter(F.pad(e.position.weight, (0, 0, rows, 0)))
+        rows += c.max_position_embeddings
+        c = e.config = replace(c, model_type="xlm-roberta", max_position_embeddings=rows)
     if c.bottleneck_size:
         e.word.weight, e.project = nn.Parameter(e.word.weight @ e.project.weight.T), None
     model.layers = nn.ModuleList([*model.layers] * c.recurrence)
     model.config = replace(c, bottleneck_size=0, recurrence=1, num_hidden_layers=len(model.layers))
     return model
+
+
+def charsmap(tokenizer):
+    """How XLM-R's kind of tokenizer spells characters; of others nothing."""
+    raw = json.loads(tokenizer.to_str())
+    step = raw["normalizer"] or {}
+    maps = [s.get("precompiled_charsmap") for s in step.get("normalizers", [step])]
+    return next(filter(None, maps), None) if raw["model"]["type"] == "Unigram" else None
 
 
 def narrow(state, weights):
@@ -101,6 +124,14 @@ def write_extras(model, source, folder, plain):
         files["1_Pooling/config.json"] = {"word_embedding_dimension": c.hidden_size, **pooling}
         length = {"max_seq_length": c.max_seq_length, "do_lower_case": False}
         files["sentence_bert_config.json"] = length
+        if chars := charsmap(model.tokenizer):  # where and how llama.cpp's converter looks
+            raw = read_json(folder / "tokenizer.json")
+            raw["normalizer"]["precompiled_charsmap"] = chars
+            files["tokenizer.json"] = raw
+            name, ends = model.tokenizer.id_to_token, model.tokenizer.encode("").ids
+            told = {"add_prefix_space": True, "clean_up_tokenization_spaces": True}
+            told |= {"cls_token": name(ends[0]), "sep_token": name(ends[-1])}
+            files["tokenizer_config.json"] = read_json(folder / "tokenizer_config.json") | told
     else:
         for file in SHIPPED:
             (folder / file.name).write_bytes(file.read_bytes())
@@ -179,7 +210,10 @@ def origin(folder):
         text += f"Teacher: {teacher[0]}; assistant: {assistant[0]}; data: {files}; "
         text += f"seed {given['seed']}; code: {results['git'] or 'unknown'}.\n"
         seen = {x for pair in scores for x in pair.split("-")} | set(row["accuracy"])
-        return sorted(seen) or ["multilingual"], text
+        # A hub refuses what is no code, such as of a file en-mine2.tsv.
+        seen = {re.split("[-_]", x)[0] for x in seen}
+        known = [x for x in seen if x in TWO_LETTERS.split() or re.fullmatch("[a-z]{3}", x)]
+        return sorted(known) or ["multilingual"], text
     return ["multilingual"], ""
 
 
@@ -196,27 +230,36 @@ def model_card(model, source, name, weights, onnx, plain):
     """README.md for a hub, of the model that was read from the folder `source`."""
     c = model.config
     languages, made = origin(source)
+    quoted, hi = (json.dumps(x, ensure_ascii=False) for x in (name, c.prompt + "Hi"))
+    shell = shlex.quote(name)
     trust = "" if plain else ", trust_remote_code=True"
     uses = f"""from sentence_transformers import SentenceTransformer
-SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])
+SentenceTransformer({quoted}{trust}).encode(["A sentence.", "Ein Satz."])
 """
     bare = f"""
 # transformers; {c.pooling} pooling of (N, T, {c.hidden_size}) gives the vectors
-ids = AutoTokenizer.from_pretrained("{name}")(["{c.prompt}Hi"], return_tensors="pt")
-AutoModel.from_pretrained("{name}")(**ids).last_hidden_state
-
-text-embeddings-router --model-id {name} --pooling {c.pooling}
+ids = AutoTokenizer.from_pretrained({quoted})([{hi}], return_tensors="pt")
+AutoModel.from_pretrained({quoted})(**ids).last_hidden_state
 """
-    here = f'model.load("{name}").encode(["A sentence."])  # with the model.py here\n'
+    if c.pooling in ("mean", "cls"):
+        bare += f"\ntext-embeddings-router --model-id {shell} --pooling {c.pooling}\n"
+    if c.pooling in ("mean", "cls") and charsmap(model.tokenizer):
+        bare += f"""
+# llama.cpp (Ollama, LM Studio): GGUF by its own converter; q8_0 is half as large
+python convert_hf_to_gguf.py {shell} --outtype f16 --outfile model.gguf
+llama-embedding -m model.gguf -p {shlex.quote(c.prompt + "Hi")}
+"""
+    here = f'model.load({quoted}).encode(["A sentence."])  # with the model.py here\n'
     others = f"""
-// transformers.js; "fp32" is exact, "q8" 8 bits, at a cosine of about 0.99 to it
-const extract = await pipeline("feature-extraction", "{name}", {{ dtype: "q8" }});
-await extract(["{c.prompt}Hi"], {{ pooling: "{c.pooling}", normalize: true }});
+// transformers.js; "fp32" is exact, "q8" 8 bits, at a cosine of about 0.99 to it. It cuts a text
+// over {c.max_seq_length} tokens without its end mark (cosine 0.999): keep texts shorter
+const extract = await pipeline("feature-extraction", {quoted}, {{ dtype: "q8" }});
+await extract([{hi}], {{ pooling: "{c.pooling}", normalize: true }});
 
-# fastembed; of a folder here: TextEmbedding("{name}", specific_model_path="{name}")
-TextEmbedding.add_custom_model("{name}", pooling=PoolingType.{c.pooling.upper()}, dim={c.width},
-    normalization=True, sources=ModelSource(hf="{name}"), model_file="onnx/model.onnx")
-list(TextEmbedding("{name}").embed(["{c.prompt}Hi"]))
+# fastembed; of a folder here: TextEmbedding({quoted}, specific_model_path={quoted})
+TextEmbedding.add_custom_model({quoted}, pooling=PoolingType.{c.pooling.upper()}, dim={c.width},
+    normalization=True, sources=ModelSource(hf={quoted}), model_file="onnx/model.onnx")
+list(TextEmbedding({quoted}).embed([{hi}]))
 
 # ONNX Runtime; ids and mask: int64 (N, T); {c.pooling} pooling of (N, T, {c.hidden_size})
 InferenceSession("onnx/model.onnx").run(None, {{"input_ids": ids, "attention_mask": mask}})[0]
