@@ -7,6 +7,7 @@ were made from; all of it is safe to delete.
 """
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import itertools
@@ -17,6 +18,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -25,7 +27,32 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from model import InputError, meter, need, read_json, reading
+from model import InputError, need, read_json, reading
+
+
+# ------------------------------------------------------------------------------- the user is told
+@functools.cache
+def note(text):
+    """Say on stderr, once, what is worth knowing but stops nothing."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def meter(what):
+    """A callback (done, all) that tells stderr of long work, at most every five seconds."""
+    begun = shown = time.monotonic()
+
+    def show(done, total):
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown > 5:
+            rate = done / (now - begun)
+            m, s = divmod((total - done) / rate, 60)
+            left = f"{m:.0f}:{s:02.0f} left"
+            print(f"{what}  {done:,}/{total:,}  {rate:,.0f}/s  {left}", file=sys.stderr, flush=True)
+            shown = now
+
+    return show
+
 
 # ---------------------------------------------------------------------------------- reading files
 LINE_LIMIT = 1 << 20  # bytes; a file with a longer one holds no sentence pairs

@@ -1,16 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The encoder: sentences to vectors, its weights out of a folder and into one.
 
-    encoder = load("runs/demo/student")
-    vectors = encoder.encode(["A man reads.", "Ein Mann liest."])  # (2, H), float32
+    vectors = load("runs/demo/student").encode(["A man reads.", "Ein Mann liest."])  # (2, H)
 
-The one file to copy where a model is used, and the one that travels with an export. It reads the
-files of the folder it is given, computes, and writes where save() is told to; nothing else. It
-opens this project's folders and ordinary BERT and XLM-R ones; tools/checkpoints.py opens others.
-From top to bottom, each part built on those before it:
-
-    errors | configuration | layers | pooling | the encoder
-    safetensors | names of weights | a folder's settings | loading and saving
+The one file to copy where a model is used, and the one that travels with an export: it reads the
+folder that load() is given, computes, and writes the folder that save() is given; nothing else.
 
 Shapes, everywhere in this project: N sentences, T tokens, H hidden size, h heads, d = H / h,
 B bottleneck, V vocabulary, K unique layers, R recurrences.
@@ -18,12 +12,11 @@ B bottleneck, V vocabulary, K unique layers, R recurrences.
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import mmap
 import re
-import sys
-import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -47,26 +40,13 @@ def need(ok, message):
         raise InputError(message)
 
 
-@functools.cache
-def note(text):
-    """Say on stderr, once, what is worth knowing but stops nothing."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
-
-
-def is_pointer(path):
-    """Is a file what Git leaves in place of a large one?"""
-    with contextlib.suppress(OSError):
-        if Path(path).is_file():
-            with open(path, "rb") as f:
-                return f.read(30).startswith(b"version https://git-lfs")
-    return False
-
-
 @contextlib.contextmanager
 def reading(path, expected, fix=""):
     """Around what reads a file: any failure becomes one InputError line that names the file."""
-    need(not is_pointer(path), f"{path}: a Git LFS pointer, not the file itself; run: git lfs pull")
     try:
+        small = Path(path).is_file() and Path(path).stat().st_size < 200
+        if small and Path(path).read_bytes().startswith(b"version https://git-lfs"):
+            raise InputError("a Git LFS pointer, not the file itself; run: git lfs pull")
         yield
     except MemoryError:
         raise
@@ -117,27 +97,18 @@ class Config:
         return self.pad_token_id + 1 if self.model_type != "bert" else 0
 
     @property
-    def width(self):
-        """Of the sentence vectors."""
+    def width(self):  # of the sentence vectors
         return self.dense[-1][0] if self.dense else self.hidden_size
 
 
 # ----------------------------------------------------------------------------------------- layers
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": nn.GELU("tanh"),
-    "gelu_pytorch_tanh": nn.GELU("tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "identity": nn.Identity(),
-}
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), nn.GELU("tanh"))
+ACTIVATIONS |= {"sigmoid": torch.sigmoid, "identity": nn.Identity()}
 
 
 class Int8Weight:
-    """A module whose weight (m, n) may be int8, with a scale (m,) beside it: row i is
-    weight[i] * scale[i].
+    """A module whose weight (m, n) may be int8; row i is then weight[i] * scale[i], scale (m,).
 
     It stays so in memory and widens in use: a matrix in each call, of a table the rows looked up.
     """
@@ -154,11 +125,8 @@ class Int8Weight:
 
 
 class Linear(Int8Weight, nn.Linear):
-    """A linear map whose weights follow the dtype of its input, then an activation.
-
-    Master weights stay float32 and are cast once a call: autocast does the same with more copies,
-    which cost more than the products at these sizes.
-    """
+    """A linear map whose weights follow the dtype of its input, then an activation. They are cast
+    once a call: autocast makes more copies, which cost more than the products at these sizes."""
 
     packed = None  # the weight in oneDNN's own order, while Encoder.packed() lasts
 
@@ -345,19 +313,16 @@ class Encoder(nn.Module):
     def forward(self, ids, mask, embeddings_only=False):
         """ids, mask (N, T) -> sentence vectors (N, width), float32, before any Normalize.
 
-        embeddings_only: (N, H), the mean of the embedding block, whatever the pooling is, as there
-        the first token is the same in every sentence.
-        """
+        embeddings_only: (N, H), the mean of the embedding block, in which a first token would be
+        the same in every sentence."""
         x = self.hidden(ids, mask, embeddings_only)  # (N, T, H)
         if embeddings_only:
             return pool(x, mask, "mean")
         return self.dense(pool(x, mask, self.config.pooling))
 
     def tokenize(self, texts, prompt=None, chunk=2**14):
-        """Texts -> (flat ids (sum of lengths,) uint32, starts (n + 1,) int64), truncated.
-
-        prompt: put before every text; None: the model's own.
-        """
+        """Texts -> (flat ids (sum of lengths,) uint32, starts (n + 1,) int64), truncated. prompt:
+        put before every text; None: the model's own."""
         prompt = self.config.prompt if prompt is None else prompt
         texts = [prompt + t for t in texts] if prompt else texts
         flat, lengths = [np.zeros(0, np.uint32)], [np.zeros(1, np.int64)]
@@ -378,11 +343,8 @@ class Encoder(nn.Module):
 
     @contextlib.contextmanager
     def packed(self):
-        """While it lasts, the layers' matrices are there in oneDNN's order, too.
-
-        The same products, 10 to 20 % faster, for a copy of the layers in memory; int8 stays small.
-        The weights must not change meanwhile.
-        """
+        """While it lasts, the layers' matrices, not int8 ones, are there in oneDNN's order, too:
+        10 to 20 % faster, for a copy in memory. The weights must not change meanwhile."""
         maps = [m for m in self.layers.modules() if isinstance(m, Linear)]
         try:
             for m in maps if not self.int8 else ():
@@ -397,13 +359,11 @@ class Encoder(nn.Module):
         """Vectors (n, width) float32, in input order, of tokenised sentences; before any Normalize.
 
         Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory
-        stays bounded. The budget was chosen by measurement: on a CPU a thread's activations should
-        stay in its cache, a GPU wants to be filled. Long work on a CPU packs the layers. progress:
-        called with (done, all). most: sentences at once.
+        stays bounded. progress: called with (done, all). most: sentences at once.
         """
-        lengths = np.diff(starts)
-        was_training = self.training
+        lengths, was_training = np.diff(starts), self.training
         self.eval()
+        # Measured: a thread's activations should stay in its cache, a GPU wants to be filled.
         threads = min(16, torch.get_num_threads())
         on_cpu = threads * (512 if self.dtype == torch.bfloat16 else 256)
         budget = 2**16 if self.device.type == "cuda" else on_cpu
@@ -429,7 +389,7 @@ class Encoder(nn.Module):
         """Texts -> float32 array (n, width) in input order; a single str -> (width,).
 
         texts: any iterable of str. normalize: unit vectors; prompt: put before every text; None:
-        as the model's files say. progress: called with (done, all); None: shown on a terminal.
+        as the model's files say. progress: called with (done, all), such as data.meter("encode").
         batch: texts at once, at most. Raises: InputError with the index of what is no text.
         """
         single = isinstance(texts, str)
@@ -437,40 +397,36 @@ class Encoder(nn.Module):
         for i, t in enumerate(texts):
             if not isinstance(t, str) or re.search("[\ud800-\udfff]", t):  # half of a pair
                 raise InputError(f"text {i} is {t!r:.60}, expected a str of whole characters")
-        if progress is None and sys.stderr and sys.stderr.isatty():
-            progress = meter("encode")
         out = self.embed(*self.tokenize(texts, prompt), progress=progress, most=batch)
         normalize = self.config.normalize if normalize is None else normalize
         out = unit(out) if normalize else out
         return out[0] if single else out
 
     def save(self, folder, weights=None, new=True):
-        """Write a folder that load() opens: config.json, the tokenizer's two files, the weights.
+        """Write config.json, the tokenizer's two files and, last and in one move, the weights: what
+        a failure leaves in a new folder is no model, and load() says so.
 
-        weights: by our names; by default the model's own, int8 as they are, others in float32.
-        new: refuse a folder that is there. Names are Hugging Face's, so a model without bottleneck
-        and recurrence opens there as well. The weights come last, in one move: what a failure
-        leaves in a new folder is no model, and load() says so.
-        Raises: InputError, with nothing written, if the folder is there or a weight is not finite;
-        OSError where it cannot be written, such as to a full disk: then delete the folder.
+        weights: by our names; None: its own, in float32, int8 ones as they are. new: refuse a
+        folder that is there. Names in the files are Hugging Face's.
+        Raises: InputError, before anything is written, if the folder is there or a weight is not
+        finite; OSError where it cannot be written, such as to a full disk.
         """
         folder = Path(folder)
         need(not new or not folder.exists(), f"{folder}: is there already; choose another folder")
         if weights is None:
-            weights = {
-                k: t.float() if t.is_floating_point() else t for k, t in self.state_dict().items()
-            }
+            state = self.state_dict().items()
+            weights = {k: t.float() if t.is_floating_point() else t for k, t in state}
         for name, t in weights.items():
             need(torch.isfinite(t).all(), f"{name} holds values that are not finite in {t.dtype}")
-        folder.mkdir(parents=True, exist_ok=True)
         c = {**vars(self.config), "position_embedding_type": "absolute"}
         c["hidden_dropout_prob"] = c["attention_probs_dropout_prob"] = c.pop("dropout")
-        text = json.dumps(c, indent=1, sort_keys=True) + "\n"
-        (folder / "config.json").write_text(text, "utf-8")
         pad = self.tokenizer.id_to_token(self.config.pad_token_id)
         limits = {"pad_token": pad, "model_max_length": self.config.max_seq_length}
-        text = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **limits}) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, "utf-8")
+        limits["tokenizer_class"] = "PreTrainedTokenizerFast"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in (("config.json", c), ("tokenizer_config.json", limits)):
+            text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+            (folder / name).write_text(text, "utf-8")
         (folder / "tokenizer.json").write_text(self.tokenizer.to_str(), "utf-8")
         write_safetensors(folder / "model.safetensors", to_hf(weights))
 
@@ -488,36 +444,6 @@ def unit(x):
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def meter(what):
-    """A callback (done, all) that tells stderr of long work, at most every five seconds."""
-    begun = shown = time.monotonic()
-
-    def show(done, total):
-        nonlocal shown
-        now = time.monotonic()
-        if now - shown > 5:
-            rate = done / (now - begun)
-            m, s = divmod((total - done) / rate, 60)
-            left = f"{m:.0f}:{s:02.0f} left"
-            print(f"{what}  {done:,}/{total:,}  {rate:,.0f}/s  {left}", file=sys.stderr, flush=True)
-            shown = now
-
-    return show
-
-
-def ledger(config):
-    """Parameters by part, {"embedding", "layers", "other", "total"}.
-
-    embedding: word table and B -> H map, positions, token types, LayerNorm; other: Dense. Counted
-    on the meta device, which takes no memory.
-    """
-    with torch.device("meta"):
-        model = Encoder(config)
-    parts = {"embedding": model.embeddings, "layers": model.layers, "other": model.dense}
-    parts["total"] = model
-    return {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items()}
-
-
 # ------------------------------------------------------------------------------------ safetensors
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
@@ -530,11 +456,10 @@ def is_count(value, limit=2**62):
 
 
 def read_safetensors(path, convert=None, fix=". Fetch or export it again"):
-    """(tensors by name, metadata) of a safetensors file.
+    """(tensors by name, metadata) of a safetensors file. Raises: InputError with the reason.
 
     Tensors are views of a private mapping of the file: a page costs memory when it is used.
     convert: called with (name, tensor) of one after the other, gives what is kept instead.
-    Raises: InputError with the file and the reason.
     """
     with reading(path, "a valid safetensors file", fix):
         with open(path, "rb") as f:
@@ -576,29 +501,24 @@ def _check_entry(name, entry, at, size):
 def write_safetensors(path, tensors, meta=None):
     """Write tensors by name as one safetensors file; equal tensors give equal bytes.
 
-    It is written as PATH.new and renamed when it is whole, as they may be views of what is there.
     Raises: OSError; then the file is as it was before, and a part of PATH.new may be there.
     """
-    path = Path(path)
-    names = {v: k for k, v in DTYPES.items()}
+    new, names = Path(f"{path}.new"), {v: k for k, v in DTYPES.items()}
     # Widest dtypes first keeps every tensor aligned to its own item size; names break ties.
     order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))
     header = {"__metadata__": {"format": "pt", **(meta or {})}}
-    offset = 0
-    for name in order:
+    ends = [0, *itertools.accumulate(tensors[k].nbytes for k in order)]
+    for name, *span in zip(order, ends, ends[1:]):
         t = tensors[name]
-        span = [offset, offset + t.nbytes]
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": span}
-        offset = span[1]
     text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     text += b" " * (-len(text) % 8)
-    new = path.with_name(f"{path.name}.new")
     with open(new, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
             f.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    new.replace(path)
+    new.replace(path)  # not before: the tensors may be views of the file that was there
 
 
 # ------------------------------------------------------------------------------- names of weights
@@ -645,21 +565,15 @@ def join(parts, dtype):
 
 
 def from_hf(tensors):
-    """The inverse of to_hf, of (name, tensor) pairs. What is no encoder's passes through.
-
-    Raises: InputError for what is there twice or no number; KeyError or RuntimeError where a query,
-    key or value is missing or misshapen.
-    """
+    """The inverse of to_hf, for use in reading(). Raises: InputError for what is no number, others
+    where a query, key or value is missing or misshapen."""
     out = {}
-    for name, t in tensors:
+    for name, t in tensors.items():
         for ours, theirs in NAMES.items():
             name = name.replace(theirs, ours, 1)
-        need(name not in out, f"{name} is there twice")
         numbers = t.is_floating_point() or t.dtype == torch.int8 and name.endswith("weight")
         need(numbers, f"{name} has dtype {t.dtype}, expected a floating one, or int8 weights")
         out[name] = t
-    table = out.get("embeddings.word.weight")
-    need(table is not None and table.dim() == 2, f"no 2-dimensional {TABLE}")
     for name in [n for n in out if ".attention.self.query." in n]:
         parts = [out.pop(name.replace("query", part)) for part in QKV]
         joined = name.replace(".attention.self.query.", ".qkv.")
@@ -672,21 +586,17 @@ def from_hf(tensors):
 # ---------------------------------------------------------------------------- a folder's settings
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
 TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-KNOWN = {  # what is usual first: a config.json may leave it out
-    "model_type": FAMILIES,
-    "hidden_act": tuple(ACTIVATIONS),
-    "pooling": tuple(POOLINGS),
-    "position_embedding_type": ("absolute",),
-    "is_decoder": (False,),
-    "truncation_side": ("right",),
-}
+# What this encoder knows, the usual first: a folder may leave it out.
+KNOWN = {"model_type": FAMILIES, "hidden_act": tuple(ACTIVATIONS), "pooling": tuple(POOLINGS)}
+KNOWN |= {"position_embedding_type": ("absolute",), "is_decoder": (False,)}
+KNOWN |= {"truncation_side": ("right",), "truncate_dim": (None,)}
 
 
 def collect(folder, modules=()):
-    """{setting: (value, the file that says it)} of a folder; modules: such settings that go before
-    config.json, of tools/checkpoints.py or read_prompt."""
+    """{setting: (value, the file that says it)} of a folder's files. modules: settings in the
+    same form that go before these, of tools/checkpoints.py."""
     file, beside = Path(folder, "config.json"), Path(folder, "tokenizer_config.json")
-    said = {k: (v, file) for k, v in read_json(file).items()} | dict(modules)
+    said = {k: (v, file) for k, v in read_json(file).items()} | read_prompt(folder) | dict(modules)
     said = {k: v for k, v in said.items() if v[0] is not None and k != "dropout"}
     told = read_json(beside) if beside.exists() else {}
     if is_count(told.get("model_max_length"), 2**31):  # others write 1e30 for none
@@ -697,32 +607,29 @@ def collect(folder, modules=()):
 
 
 def read_prompt(folder):
-    """Settings of sentence-transformers' own file, as collect() takes them: the default prompt."""
+    """What a file of sentence-transformers sets for all texts, in the form of collect()."""
     file = Path(folder, "config_sentence_transformers.json")
     if not file.exists():
         return {}
     settings = read_json(file)
+    name = settings.get("default_prompt_name")
     with reading(file, "prompts by name"):
         known = {None: "", "query": "", "document": ""} | (settings.get("prompts") or {})
-        name = settings.get("default_prompt_name")
         need(name in known, f"default_prompt_name {name!r} is not among them")
     return {"prompt": (known[name], file), "truncate_dim": (settings.get("truncate_dim"), file)}
 
 
-def configure(folder, said, pad_id):
-    """The Config of a folder's collected settings, checked: types, what is known here, what fits.
-
-    pad_id: the tokenizer's. Raises: InputError naming the file, the value and what was expected.
-    """
-    place, usual = Path(folder, "config.json"), {f.name: f.default for f in fields(Config)}
-    # As in others' BERT; no limit but the position table's.
-    usual |= {"type_vocab_size": 2, "max_seq_length": 2**30}
-    values = usual | {k: value for k, (value, _) in said.items()}
+def check_config(folder, said, pad_id):
+    """The Config of what collect() found; pad_id: the tokenizer's. Raises: InputError naming the
+    file, the value and what was expected, for a value of another type, not known here or odd."""
+    file = Path(folder, "config.json")
+    values = {f.name: f.default for f in fields(Config)} | {"type_vocab_size": 2}  # as in BERT
+    values |= {"max_seq_length": 2**30} | {k: value for k, (value, _) in said.items()}
 
     def expect(ok, name, expected):
         if not ok:
-            value, file = said.get(name, (None, place))
-            raise InputError(f"{file}: {name} is {value!r}, expected {expected}")
+            value, place = said.get(name, (None, file))
+            raise InputError(f"{place}: {name} is {value!r}, expected {expected}")
 
     for name, known in KNOWN.items():
         expect(values.get(name, known[0]) in known, name, f"one of {', '.join(map(str, known))}")
@@ -737,23 +644,20 @@ def configure(folder, said, pad_id):
     agree = values["model_type"] == "bert" or said.get("pad_token_id", (pad_id,))[0] == pad_id
     expect(agree, "pad_token_id", f"{pad_id}, the tokenizer's: positions are counted from it")
     form = f"[width, one of {', '.join(ACTIVATIONS)}, bias] of each Dense"
-    with reading(said.get("dense", ("", place))[1], form):
+    with reading(said.get("dense", ("", file))[1], form):
         dense = tuple((n, act, bias) for n, act, bias in values["dense"])
         known = (is_count(n, 2**31) and n and act in ACTIVATIONS for n, act, _ in dense)
         need(all(known) and all(type(bias) is bool for *_, bias in dense), values["dense"])
     values |= {"pad_token_id": pad_id, "dense": dense}
     config = Config(**{f.name: values[f.name] for f in fields(Config)})
-    cut = values.get("truncate_dim", config.width)
-    least = f"none, or {config.width} and more"
-    expect(is_count(cut) and cut >= config.width, "truncate_dim", least)
-    P = config.max_position_embeddings
-    longest = min(config.max_seq_length, P - config.first_position)
-    expect(longest > 2, "max_seq_length", f"over 2, within the {P} positions")
+    positions = config.max_position_embeddings
+    longest = min(config.max_seq_length, positions - config.first_position)
+    expect(longest > 2, "max_seq_length", f"over 2, within the {positions} positions")
     return replace(config, max_seq_length=longest)
 
 
 def read_tokenizer(folder):
-    """(tokenizer, pad id) of a directory: tokenizer.json, and the pad token that its files name.
+    """(tokenizer, pad id) of a folder: tokenizer.json, and the pad token that its files name.
 
     The pad id is the tokenizer's, not config.json's: it fills batches, and RoBERTa counts positions
     from it; the authors' MiniLM says 0 there, which is <s>.
@@ -763,66 +667,20 @@ def read_tokenizer(folder):
     beside = [file.with_name(n) for n in ("special_tokens_map.json", "tokenizer_config.json")]
     names = [read_json(f).get("pad_token") for f in beside if f.exists()]
     names = [n.get("content") if isinstance(n, dict) else n for n in names] + ["<pad>", "[PAD]"]
-    with reading(file, "a usable tokenizer"):
+    with reading(file, "a usable tokenizer", "; save it again with transformers"):
         tokenizer = Tokenizer.from_file(str(file))
         ids = [tokenizer.token_to_id(n) for n in names if isinstance(n, str)]
         pad_id = next((i for i in ids if i is not None), None)
         need(pad_id is not None, f"no pad token (looked for {names}); batches need one")
         tokenizer.no_padding()
         ends = tokenizer.encode("").ids
-        if len(ends) < 2:
-            fix = "save it again with transformers"
-            raise InputError(f"its post_processor adds no start and end tokens; {fix}")
+        need(len(ends) >= 2, "its post_processor adds no start and end tokens")
         need(pad_id not in ends, f"its pad token, id {pad_id}, is also its start or end token")
     return tokenizer, pad_id
 
 
 # ---------------------------------------------------------------------------------------- loading
-def load(folder, dtype=None, device=None, train=False):
-    """An Encoder from this project's folder, or an ordinary BERT or XLM-R one; never runs code
-    from a file.
-
-    dtype: of the arithmetic, 'float32', 'bfloat16' or None, the best on this device. train: keep
-    float32 master weights whatever the dtype.
-    Raises: InputError naming the file and the fix for anything missing, damaged or unsupported.
-    """
-    folder = Path(folder)
-    kind, device, convert = arithmetic(dtype, device, train)
-    modules = refuse_others(folder)
-    tensors, _ = read_safetensors(folder / "model.safetensors", convert)
-    # Pretraining's; no sentence vector needs them.
-    used = {k: t for k, t in tensors.items() if not re.match("pooler|.*position_ids$", k)}
-    others = sorted(k for k in used if not k.startswith(("embeddings.", "encoder.", "dense.")))
-    need(
-        not others,
-        f"{folder}: holds {', '.join(others[:3])}, which an encoder has not; {ELSEWHERE}",
-    )
-    with reading(folder, "an encoder's weights"):
-        state = from_hf(used.items())
-    tokenizer, pad_id = read_tokenizer(folder)
-    config = configure(folder, collect(folder, modules), pad_id)
-    return assemble(folder, config, tokenizer, state, kind, device, train)
-
-
-# What ends the message where a folder is refused that is sound.
-ELSEWHERE = "tools.checkpoints of the MSD project opens more than its model.py alone"
-
-
-def refuse_others(folder):
-    """What a folder's prompts say, as collect() takes it. Raises: InputError for a folder that
-    takes tools/checkpoints.py."""
-    names = ("config.json", "tokenizer.json", "model.safetensors")
-    expected = f"{', '.join(names)} in it"
-    need(folder.is_dir(), f"{folder}: no such model directory; expected {expected}")
-    for file in map(folder.joinpath, names):
-        need(file.exists(), f"{file}: no such file; {ELSEWHERE}")
-    if not (folder / "modules.json").exists():
-        return {}
-    config = read_json(folder / "config.json")
-    # Ours says all that modules could; transformers signs what it has written over.
-    ours = "pooling" in config and "transformers_version" not in config
-    need(ours, f"{folder}: made of sentence-transformers' modules; {ELSEWHERE}")
-    return read_prompt(folder)
+ELSEWHERE = "model.py alone does not open it; tools.checkpoints of the MSD project may"
 
 
 def best_dtype(device):
@@ -832,44 +690,78 @@ def best_dtype(device):
     else:
         cpu = torch.cpu
         what, has = "CPU", cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported()
-    why = f"the {what} has {'' if has else 'no '}bfloat16 units"
-    return "bfloat16" if has else "float32", why
+    name = "bfloat16" if has else "float32"
+    return name, f"the {what} has {'' if has else 'no '}bfloat16 units"
 
 
 def arithmetic(dtype, device, train):
-    """(dtype, device, convert for read_safetensors) of load's arguments."""
+    """(dtype of the arithmetic, device, convert of read_safetensors), of the arguments of load."""
     need(dtype in (None, "float32", "bfloat16"), f"dtype {dtype!r}: expected float32 or bfloat16")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = getattr(torch, dtype or best_dtype(device)[0])
-    stored, copy = torch.float32 if train else kind, train or torch.device(device).type != "cpu"
+    dtype = getattr(torch, dtype or best_dtype(device)[0])
+    stored = torch.float32 if train else dtype  # master weights stay float32
+    copy = train or torch.device(device).type != "cpu"
 
     def convert(name, t):
-        # A table that is not copied stays as it is stored: rows are converted when looked up.
+        # A table that is not copied stays as the file stores it: rows are widened when looked up.
         stays = not t.is_floating_point() or name.endswith(TABLE) and not copy
         # The steps of int8 weights stay, too: rounded, they would move whole rows.
         if stays or name.endswith(".scale") or t.dtype == stored and not copy:
             return t
         return join([t], stored).view(t.shape)
 
-    return kind, device, convert
+    return dtype, device, convert
 
 
-def assemble(folder, config, tokenizer, state, dtype, device, train=False):
-    """The Encoder of what was read from a folder; state: its weights, by our names."""
+def assemble(folder, config, tokenizer, state, dtype, device, train):
+    """The Encoder of what was read from a folder. state: its weights, by our names. Raises:
+    InputError where tokenizer, config and weights are not of one model."""
     ids = [tokenizer.get_vocab_size() - 1, *tokenizer.get_added_tokens_decoder()]
     if not isinstance(tokenizer.model, Unigram):  # the one without gaps; listing it takes a while
         ids += tokenizer.get_vocab().values()
-    few = f"token ids up to {max(ids)}, but the word table has {config.vocab_size} rows"
-    need(max(ids) < config.vocab_size, f"{folder / 'tokenizer.json'}: {few}; not of one model")
-    if config.vocab_size > max(ids) + 1024:  # tables are often filled up, but by less
-        note(f"{folder / 'tokenizer.json'}: only {few}; is it another model's?")
+    if max(ids) >= config.vocab_size:
+        few = f"token ids up to {max(ids)}, but the word table has {config.vocab_size} rows"
+        raise InputError(f"{folder / 'tokenizer.json'}: {few}; not of one model")
+    K = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+    if config.num_hidden_layers != K:  # before a wrong number of them is built
+        wrong = f"num_hidden_layers is {config.num_hidden_layers}, expected {K}"
+        raise InputError(f"{folder / 'config.json'}: {wrong}, the layers in the weights")
     with torch.device("meta"):  # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, dtype)
     with reading(folder / "model.safetensors", "the weights that config.json describes"):
         model.load_state_dict(state, assign=True)  # lists what is missing, unexpected, misshapen
-    better = "train the float32 model that it was made of"
-    need(not (train and model.int8), f"{folder}: int8 weights cannot be trained; {better}")
+    if train and model.int8:
+        raise InputError(f"{folder}: int8 weights cannot be trained; take the float32 model")
     # cuDNN's attention builds a plan for every new shape, and each of our batches has a new one.
     if torch.device(device).type != "cpu":
         torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).requires_grad_(train).train(train)
+
+
+def load(folder, dtype=None, device=None, train=False):
+    """An Encoder from a folder of this project or an ordinary one of BERT, RoBERTa or XLM-R.
+
+    dtype: of the arithmetic, 'float32', 'bfloat16' or None, the best on this device. train: with
+    float32 weights whatever the dtype. No code is run from a file.
+    Raises: InputError naming the file and the fix for anything missing, damaged or unsupported.
+    """
+    folder = Path(folder)
+    need(folder.is_dir(), f"{folder}: no such model directory")
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        need((folder / name).exists(), f"{folder / name}: no such file; {ELSEWHERE}")
+    said = collect(folder)
+    # A config.json of ours says what modules would; transformers signs what it writes over it.
+    ours = "pooling" in said and "transformers_version" not in said
+    if (folder / "modules.json").exists() and not ours:
+        raise InputError(f"{folder}: made of sentence-transformers' modules; {ELSEWHERE}")
+    dtype, device, convert = arithmetic(dtype, device, train)
+    tokenizer, pad_id = read_tokenizer(folder)
+    tensors, _ = read_safetensors(folder / "model.safetensors", convert)
+    # What AutoModel saves, too, and no sentence vector needs.
+    tensors = {k: t for k, t in tensors.items() if not re.match(r"pooler\.|.*position_ids$", k)}
+    others = [k for k in tensors if not k.startswith(("embeddings.", "encoder.", "dense."))]
+    need(not others, f"{folder}: {others[:3]} are no weights of an encoder; {ELSEWHERE}")
+    with reading(folder, "an encoder's weights"):
+        state = from_hf(tensors)
+    config = check_config(folder, said, pad_id)
+    return assemble(folder, config, tokenizer, state, dtype, device, train)

@@ -124,6 +124,19 @@ CLIP = 1.0  # largest gradient norm
 ALIGNED_PAIRS = 300_000
 
 
+def ledger(config):
+    """Parameters by part, {"embedding", "layers", "other", "total"}.
+
+    embedding: word table and B -> H map, positions, token types, LayerNorm; other: Dense. Counted
+    on the meta device, which takes no memory.
+    """
+    with torch.device("meta"):
+        model = Encoder(config)
+    parts = {"embedding": model.embeddings, "layers": model.layers, "other": model.dense}
+    parts["total"] = model
+    return {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items()}
+
+
 def check_sizes(c, B, layers, R):
     """Raises: InputError where an assistant of Config c cannot give a student of these sizes."""
     H, depth = c.hidden_size, c.num_hidden_layers

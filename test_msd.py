@@ -744,7 +744,7 @@ def test_real_teacher():
     ],
 )
 def test_sizes_to_the_unit(config, embedding, layers, total):
-    assert M.ledger(config) == {
+    assert msd.ledger(config) == {
         "embedding": embedding,
         "layers": layers,
         "other": 0,
@@ -806,7 +806,7 @@ def test_a_vocabulary_with_a_gap(tokenizer, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- model: use
-def test_encode_takes_what_people_give(tokenizer, monkeypatch):
+def test_encode_takes_what_people_give(tokenizer):
     m = tiny(tokenizer)
     want = m.encode(TEXTS)
     assert np.array_equal(m.encode(t for t in TEXTS), want)
@@ -825,11 +825,9 @@ def test_encode_takes_what_people_give(tokenizer, monkeypatch):
             m.encode(["a", bad])
     sizes, shown = [], []
     m.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    monkeypatch.setattr(M, "meter", lambda what: lambda *at: shown.append(at))
-    for terminal in (False, True):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda t=terminal: t)
-        assert apart(m.encode(TEXTS, batch=2), want) < 1e-5 and sizes[-4:] == [2, 2, 2, 1]
-        assert shown == [(2, 7), (4, 7), (6, 7), (7, 7)] * terminal
+    got = m.encode(TEXTS, batch=2, progress=lambda *at: shown.append(at))
+    assert apart(got, want) < 1e-5 and sizes == [2, 2, 2, 1]
+    assert shown == [(2, 7), (4, 7), (6, 7), (7, 7)]
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     assert np.array_equal(m.encode(pandas.Series(TEXTS)), want)
 

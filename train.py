@@ -667,7 +667,7 @@ def look_at_teacher(run, folder):
     teacher, corpus = run.load(folder), run.corpus
     ids = np.random.default_rng(0).permutation(np.unique(corpus.pairs[:, 0]))[:4000]
     flat, starts = teacher.tokenize(corpus.texts(np.sort(ids)))
-    progress = M.meter("a look at the teacher")
+    progress = data.meter("a look at the teacher")
     norm, cosine, error = describe_vectors(teacher.embed(flat, starts, progress=progress))
     cut = (np.diff(starts) >= teacher.config.max_seq_length).mean()
     run.say(
@@ -828,7 +828,7 @@ def finish(run, models):
             sets, pairs = {k: v for k, v in sets.items() if k == "en-en"}, {}
             goals = {k: model.encode(sides[0], normalize=False) for k, sides in dev.items()}
         rows[label], cosines[label] = evaluate(model, sets, pairs, goals)
-        rows[label]["sizes"] = M.ledger(model.config)
+        rows[label]["sizes"] = msd.ledger(model.config)
         run.say(f"evaluated {label}")
     last = list(models)[-1]
     compared = run.sts and last != "assistant"

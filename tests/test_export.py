@@ -346,7 +346,7 @@ def test_export_command_and_card(world, finished, tmp_path):
     assert head["library_name"] == "sentence-transformers" in head["tags"]
     assert head["pipeline_tag"] == "sentence-similarity"
     said = export(tmp_path / "student", tmp_path / "plain", plain=True)
-    small, large = (M.ledger(load(f).config)["total"] for f in (out, tmp_path / "plain"))
+    small, large = (msd.ledger(load(f).config)["total"] for f in (out, tmp_path / "plain"))
     assert f"{large:,} parameters, {large / small:.1f} x those of student; weights" in said
     assert large > 1.5 * small
     prompts = {"prompts": {"query": "q: ", "document": "d: "}, "default_prompt_name": "query"}

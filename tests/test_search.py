@@ -72,7 +72,7 @@ def search(tokenizer, tmp_path, capsys, monkeypatch):
     def run(*args, model="small", corpus="corpus.txt", typed=b"", terminal=False):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
         sys.stdin.isatty = lambda: terminal
-        M.note.cache_clear()
+        data.note.cache_clear()
         capsys.readouterr()
         run.seen = []
         command.main(["search", model, corpus, *args])

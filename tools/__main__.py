@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from model import meter, need, unit
+from data import meter
+from model import need, unit
 from tools.checkpoints import load
 from tools.cli import Parser, read_texts, run_cli
 from tools.export import describe, export

@@ -13,8 +13,8 @@ from pathlib import Path
 from tokenizers import normalizers
 
 import model as M
-from data import digest
-from model import InputError, is_count, need, note, read_json, reading
+from data import digest, note
+from model import InputError, is_count, need, read_json, reading
 
 TEACHERS = "all-MiniLM-L6-v2, all-distilroberta-v1, paraphrase-MiniLM-L12-v2"  # that work
 POOLING = {  # sentence-transformers' names and ours
@@ -58,12 +58,19 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
         state |= {f"dense.{i}.{k}": t for k, t in found.items()}
     said = M.collect(body, modules)
     lower_case, _ = said.pop("do_lower_case", (False, None))
+    cut, file = said.pop("truncate_dim", (None, None))
     shapes = {k: tuple(t.shape) for k, t in state.items()}
-    said |= complete(said, shapes, body / "config.json")
-    config = M.configure(body, said, pad_id)
+    config = M.check_config(body, said | complete(said, shapes, body / "config.json"), pad_id)
+    if not (cut is None or is_count(cut) and cut >= config.width):
+        least = f"none, or {config.width} and more"
+        raise InputError(f"{file}: truncate_dim is {cut!r}, expected {least}")
     if lower_case:
         steps = [normalizers.Lowercase(), tokenizer.normalizer or normalizers.Sequence([])]
         tokenizer.normalizer = normalizers.Sequence(steps)
+    n = tokenizer.get_vocab_size()
+    if config.vocab_size > n + 1024:  # tables are often filled up, but by less
+        few = f"{n} pieces for {config.vocab_size} rows of the word table"
+        note(f"{body / 'tokenizer.json'}: {few}; is it another model's?")
     length = min(config.max_seq_length, max_tokens)
     config = replace(config, dropout=dropout, max_seq_length=length)
     return M.assemble(body, config, tokenizer, state, dtype, device, train)
@@ -73,37 +80,34 @@ def complete(said, shapes, file):
     """Settings that the weights know better than config.json, `file`, as M.collect() gives them.
 
     The authors' students say nothing of B, K and R, and position tables are often cut or extended.
-    Raises: InputError for a model type that is not known, and where weights are missing.
+    Raises: InputError for an unknown model type, and for a word table of another size.
     """
+    values = {name: value for name, (value, _) in said.items()}
 
     def expect(ok, name, expected):
         if not ok:
-            raise InputError(f"{file}: {name} is {get(name)!r}, expected {expected}")
-
-    def get(name):
-        return said.get(name, (None, file))[0]
+            raise InputError(f"{file}: {name} is {values.get(name)!r}, expected {expected}")
 
     families = f"one of {', '.join(M.FAMILIES)}. Teachers that work: {TEACHERS}"
-    expect(get("model_type") in (None, *M.FAMILIES), "model_type", families)
+    expect(values.get("model_type") in (None, *M.FAMILIES), "model_type", families)
     V, width = shapes["embeddings.word.weight"]
-    expect(get("vocab_size") == V, "vocab_size", f"{V}, the rows of the word table in the weights")
-    B = width if width != get("hidden_size") or get("bottleneck_size") else 0
-    agree = get("bottleneck_size") in (None, B)
+    expect(values.get("vocab_size") == V, "vocab_size", f"{V}, the rows of the word table")
+    B = width if width != values.get("hidden_size") or values.get("bottleneck_size") else 0
+    agree = values.get("bottleneck_size") in (None, B)
     expect(agree, "bottleneck_size", f"{B}, the width of the word table in the weights")
+    found = {"bottleneck_size": B}
     # The authors' students keep the assistant's config.json: their K x R is its number of layers.
     # Without their bottleneck, fewer layers than config.json says are a damaged file.
-    depth = get("num_hidden_layers")
+    depth = values.get("num_hidden_layers")
     K = len({k.split(".")[1] for k in shapes if k.startswith("layers.")})
-    unsaid = get("recurrence") is None and B > 0 and K > 0 and is_count(depth) and depth % K == 0
-    expect(K == depth or unsaid, "num_hidden_layers", f"{K}, the layers in the weights")
-    found = {"num_hidden_layers": K, "bottleneck_size": B}
-    if unsaid:
-        found["recurrence"] = depth // K
-    positions = get("max_position_embeddings")
-    if shapes.get("embeddings.position.weight", [positions])[0] != positions:
-        P = found["max_position_embeddings"] = shapes["embeddings.position.weight"][0]
+    if "recurrence" not in said and B and K and is_count(depth) and depth % K == 0:
+        found |= {"num_hidden_layers": K, "recurrence": depth // K}
+    positions = values.get("max_position_embeddings")
+    P = shapes.get("embeddings.position.weight", [positions])[0]
+    if P != positions:
+        found["max_position_embeddings"] = P
         note(f"{file}: {positions} positions, the table in the weights has {P}")
-    return {k: (v, file) for k, v in found.items()}
+    return {name: (value, file) for name, value in found.items()}
 
 
 def fingerprint(folder):
@@ -139,15 +143,18 @@ def read_weights(folder, convert):
         need(tensors.keys().isdisjoint(found), f"{file}: holds what another file holds, too")
         tensors |= found
     with reading(folder, "an encoder's weights"):
-        return M.from_hf(body_of(tensors, folder))
+        state = M.from_hf(body_of(tensors, folder))
+        table = state.get("embeddings.word.weight")
+        need(table is not None and table.dim() == 2, f"no 2-dimensional {M.TABLE}")
+    return state
 
 
 def body_of(tensors, folder):
-    """(name, tensor) pairs of the encoder in anybody's checkpoint, by Hugging Face's bare names.
+    """The tensors of the encoder in anybody's checkpoint, by Hugging Face's bare names.
 
     It is where the word table is, whatever a training wrapper put before or between; heads are left
-    out. What is no known head passes through, for a strict load to list.
-    Raises: InputError for two encoders.
+    out. What is no known head stays, for a strict load to list.
+    Raises: InputError for two encoders, and for a weight that is there twice.
     """
     clean = []
     for name, t in tensors.items():  # without module., _orig_mod., _fsdp_wrapped_module. and kin
@@ -157,14 +164,15 @@ def body_of(tensors, folder):
     tables = {name.removesuffix(M.TABLE) for name, _ in clean if name.endswith(M.TABLE)}
     if len(tables) > 1:
         raise InputError(f"{folder}: encoders under {sorted(tables)}; keep one of them in the file")
-    prefix, out, heads = "".join(tables), [], set()
+    prefix, out, heads = "".join(tables), {}, set()
     for name, t in clean:
         name = name.removeprefix(prefix)
         found = HEADS.intersection(name.split("."))
         if found and not name.startswith(("embeddings.", "encoder.")):
             heads |= found
         elif not name.endswith("position_ids"):
-            out.append((name, t))
+            need(name not in out, f"{name} is there twice")
+            out[name] = t
     if heads - {"pooler"}:
         needless = ", ".join(sorted(heads))
         note(f"{folder}: left out, as an encoder does not need them: {needless}")

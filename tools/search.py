@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 import model as M
-from data import atomic, digest
-from model import InputError, meter, need, note, reading, unit
+from data import atomic, digest, meter, note
+from model import InputError, need, reading, unit
 from tools.checkpoints import fingerprint, load
 from tools.cli import read_texts
 

@@ -27,7 +27,7 @@ class SentenceEncoder(nn.Module):
 
     @functools.cached_property
     def tokenizer(self):
-        """A copy of the encoder's as transformers' class: what splits and counts text expects it."""
+        """A copy of the encoder's as transformers' class, which what splits text expects."""
         from transformers import PreTrainedTokenizerFast
 
         name, ends = self.encoder.tokenizer.id_to_token, self.encoder.tokenizer.encode("").ids
