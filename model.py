@@ -49,6 +49,9 @@ def is_out_of_memory(e):
 def reading(path, expected, fix=""):
     """Around what reads a file: any failure becomes one InputError line that names the file."""
     try:
+        small = Path(path).is_file() and Path(path).stat().st_size < 200
+        if small and Path(path).read_bytes().startswith(b"version https://git-lfs"):
+            raise InputError("a Git LFS pointer, not the file itself; run: git lfs pull")
         yield
     except InputError as e:  # whole: it may hold a command, and in it a path with two spaces
         raise InputError(f"{path}: not {expected}: {e}{fix}") from e
@@ -64,7 +67,7 @@ def reading(path, expected, fix=""):
 def read_json(path, kind=dict):
     """The value of a JSON file. Raises: InputError if missing, malformed or of another kind."""
     with reading(path, "readable as JSON"):
-        value = json.loads(Path(path).read_bytes().decode("utf-8"))
+        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
         need(isinstance(value, kind), f"a {type(value).__name__}, expected a {kind.__name__}")
     return value
 
@@ -133,8 +136,11 @@ class Linear(Int8Weight, nn.Linear):
     packed = None  # the weight in oneDNN's own order, while Encoder.packed() lasts
 
     def forward(self, x, activation="identity"):
-        weight = self.weight * self.scale[:, None] if hasattr(self, "scale") else self.weight
-        weight = weight.to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        if hasattr(
+            self, "scale"
+        ):  # in x's dtype: products in float32 would take half as long again
+            weight = weight * self.scale.to(x.dtype)[:, None]
         bias = None if self.bias is None else self.bias.to(x.dtype)
         fused = {"identity": "none", "gelu": "gelu"}.get(activation)
         if fused and not torch.is_grad_enabled() and has_onednn(x.device.type, x.dtype):
@@ -473,7 +479,7 @@ def read_safetensors(path, convert=None, fix=". Fetch or export it again"):
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind, shape, size = _check_entry(name, entry, at - body, len(data) - body)
             raw = torch.from_numpy(np.frombuffer(data, np.uint8, size, at))
-            raw = raw.clone() if at % kind.itemsize else raw  # not aligned
+            raw = join([raw], torch.uint8) if at % kind.itemsize else raw  # not aligned
             tensors[name], at = raw.view(kind).view(shape), at + size
             if convert:
                 tensors[name] = convert(name, tensors[name])
@@ -550,6 +556,19 @@ def to_hf(state):
     return out
 
 
+def join(parts, dtype):
+    """A copy of tensors of one shape (m, ...), one after the other: (len(parts) * m, ...).
+
+    Copied in pieces so small that torch starts no threads for them: once it has some, a process
+    forked from this one waits for them for ever.
+    """
+    out = parts[0].new_empty((len(parts), *parts[0].shape), dtype=dtype)
+    for part, place in zip(parts, out):
+        for a, b in zip(place.view(-1).split(2**14), part.reshape(-1).split(2**14)):
+            a.copy_(b)
+    return out.view(-1, *parts[0].shape[1:])
+
+
 def from_hf(tensors):
     """The inverse of to_hf, for use in reading(). Raises: InputError for what is no number, others
     where a query, key or value is missing or misshapen."""
@@ -563,8 +582,9 @@ def from_hf(tensors):
     for name in [n for n in out if ".attention.self.query." in n]:
         parts = [out.pop(name.replace("query", part)) for part in QKV]
         joined = name.replace(".attention.self.query.", ".qkv.")
-        need(len({p.dtype for p in parts}) == 1, f"{joined} has parts of several dtypes")
-        out[joined] = torch.stack(parts).flatten(0, 1)  # which demands equal shapes
+        kinds = [f"{p.dtype} {list(p.shape)}" for p in parts]
+        need(len({*kinds}) == 1, f"{joined} has parts of several dtypes or sizes: {kinds}")
+        out[joined] = join(parts, parts[0].dtype)
     return out
 
 
@@ -690,7 +710,10 @@ def arithmetic(dtype, device, train):
     def convert(name, t):
         # A table that is not copied stays as the file stores it: rows are widened when looked up.
         stays = not t.is_floating_point() or name.endswith(TABLE) and not copy
-        return t if stays else t.to(stored, copy=copy)
+        # The steps of int8 weights stay, too: rounded, they would move whole rows.
+        if stays or name.endswith(".scale") or t.dtype == stored and not copy:
+            return t
+        return join([t], stored).view(t.shape)
 
     return dtype, device, convert
 

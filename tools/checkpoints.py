@@ -43,9 +43,10 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     folder: this project's, sentence-transformers', plain Hugging Face (BERT and RoBERTa families),
     or the authors' students. dtype: 'float32', 'bfloat16' or None, the best on this device.
     train: keep float32 master weights whatever the dtype. dropout: in training.
-    max_tokens: truncate to fewer tokens than the files say.
+    max_tokens: truncate to fewer tokens than the files say, start and end included.
     Raises: InputError naming the file and the fix for anything missing, damaged or unsupported.
     """
+    need(max_tokens > 2, f"max_tokens is {max_tokens}, expected 3 or more: start and end count")
     dtype, device, convert = M.arithmetic(dtype, device, train)
     body, dense, modules = read_modules(folder)
     must_exist(body / "tokenizer.json", "AutoTokenizer.from_pretrained", body)
@@ -66,6 +67,10 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     if lower_case:
         steps = [normalizers.Lowercase(), tokenizer.normalizer or normalizers.Sequence([])]
         tokenizer.normalizer = normalizers.Sequence(steps)
+    n = tokenizer.get_vocab_size()
+    if config.vocab_size > n + 1024:  # tables are often filled up, but by less
+        few = f"{n} pieces for {config.vocab_size} rows of the word table"
+        note(f"{body / 'tokenizer.json'}: {few}; is it another model's?")
     length = min(config.max_seq_length, max_tokens)
     config = replace(config, dropout=dropout, max_seq_length=length)
     return M.assemble(body, config, tokenizer, state, dtype, device, train)
