@@ -348,8 +348,8 @@ def show(rows, found):
     values = {r["name"]: [r[k] for k in keys] for r in rows}
     print("\n".join(train.aligned(heads, [".1f"] * 6 + [",.0f"], values)))
     groups = ["en-xx", "xx-en", "en-xx, foreign distractors", "en-xx, questions", "en-xx, long"]
-    heads = ["at 1; at 10; MRR of en->xx", "", "", "xx->en", "", "", "to foreign", "", ""]
-    heads += ["questions", "", "", "long", "", "", "N_1 largest"]
+    heads = ["at 1, at 10, MRR", "en->xx", "", "", "xx->en", "", "", "to foreign", "", ""]
+    heads += ["questions", "", "", "long", "", "", "largest N_1"]
     measures = "recall at 1", "recall at 10", "MRR"
     values = {
         r["name"]: [*(r[g][m] for g in groups for m in measures), r["hubs"]["N_1"]["largest"]]
