@@ -363,17 +363,32 @@ def vectors(corpus, ids, encoder, fingerprint, cache, embeddings_only=False, chu
 # -------------------------------------------------------------------------------------- vocabulary
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # XLM-R's ids 0 to 3
 FAIR_SAMPLE = 1_000_000  # sentences are numbered by their hash: the first ones are a fair sample
+UNSPACED = 4_000_000  # characters of text without spaces, whose sentences are one word to BPE
 
 
 def vocabulary(corpus, size, lower_case, cache):
     """The tokenizer that train_tokenizer learns from a corpus, made once."""
-    path = Path(cache) / f"vocabulary-{digest(4, corpus.key, size, lower_case)}.json"
+    path = Path(cache) / f"vocabulary-{digest(5, corpus.key, size, lower_case)}.json"
     if not path.exists():
         tokenizer = train_tokenizer(corpus.texts(slice(FAIR_SAMPLE)), size, lower_case)
         with atomic(path) as tmp:
             tmp.write_text(tokenizer.to_str(), "utf-8")
     with reading(path, "a whole cache entry", "; delete it and run again"):
         return Tokenizer.from_file(str(path))
+
+
+def spaced(texts):
+    """Yield texts; of those without spaces, as Chinese and Thai, no more than UNSPACED characters.
+
+    A vocabulary learns words once, however often they are there: of such text each sentence costs.
+    """
+    left = UNSPACED
+    for text in texts:
+        if len(text) > 15 * (1 + text.count(" ")):
+            left -= len(text)
+            if left < 0:
+                continue
+        yield text
 
 
 def train_tokenizer(texts, size, lower_case):
@@ -390,7 +405,7 @@ def train_tokenizer(texts, size, lower_case):
     tokenizer.decoder = tokenizers.decoders.Metaspace()
     bars = sys.stderr.isatty()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=bars)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(spaced(texts), trainer)
     ends = [("<s>", 0), ("</s>", 2)]
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
     return tokenizer
