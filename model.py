@@ -49,6 +49,9 @@ def is_out_of_memory(e):
 def reading(path, expected, fix=""):
     """Around what reads a file: any failure becomes one InputError line that names the file."""
     try:
+        small = Path(path).is_file() and Path(path).stat().st_size < 200
+        if small and Path(path).read_bytes().startswith(b"version https://git-lfs"):
+            raise InputError("a Git LFS pointer, not the file itself; run: git lfs pull")
         yield
     except InputError as e:  # whole: it may hold a command, and in it a path with two spaces
         raise InputError(f"{path}: not {expected}: {e}{fix}") from e
@@ -64,7 +67,7 @@ def reading(path, expected, fix=""):
 def read_json(path, kind=dict):
     """The value of a JSON file. Raises: InputError if missing, malformed or of another kind."""
     with reading(path, "readable as JSON"):
-        value = json.loads(Path(path).read_bytes().decode("utf-8"))
+        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
         need(isinstance(value, kind), f"a {type(value).__name__}, expected a {kind.__name__}")
     return value
 
@@ -127,17 +130,17 @@ class Int8Weight:
 
 
 class Linear(Int8Weight, nn.Linear):
-    """A linear map whose weights follow the dtype of its input, then an activation.
-
-    Master weights stay float32 and are cast once a call: autocast does the same with more copies,
-    which cost more than the products at these sizes.
-    """
+    """A linear map whose weights follow the dtype of its input, then an activation. They are cast
+    once a call: autocast makes more copies, which cost more than the products at these sizes."""
 
     packed = None  # the weight in oneDNN's own order, while Encoder.packed() lasts
 
     def forward(self, x, activation="identity"):
-        weight = self.weight * self.scale[:, None] if hasattr(self, "scale") else self.weight
-        weight = weight.to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        if hasattr(
+            self, "scale"
+        ):  # in x's dtype: products in float32 would take half as long again
+            weight = weight * self.scale.to(x.dtype)[:, None]
         bias = None if self.bias is None else self.bias.to(x.dtype)
         fused = {"identity": "none", "gelu": "gelu"}.get(activation)
         if fused and not torch.is_grad_enabled() and has_onednn(x.device.type, x.dtype):
@@ -315,19 +318,16 @@ class Encoder(nn.Module):
     def forward(self, ids, mask, embeddings_only=False):
         """ids, mask (N, T) -> sentence vectors (N, width), float32, before any Normalize.
 
-        embeddings_only: (N, H), the mean of the embedding block, whatever the pooling is, as there
-        the first token is the same in every sentence.
-        """
+        embeddings_only: (N, H), the mean of the embedding block, in which a first token would be
+        the same in every sentence."""
         x = self.hidden(ids, mask, embeddings_only)  # (N, T, H)
         if embeddings_only:
             return pool(x, mask, "mean")
         return self.dense(pool(x, mask, self.config.pooling))
 
     def tokenize(self, texts, prompt=None, chunk=2**14):
-        """Texts -> (flat ids (sum of lengths,) uint32, starts (n + 1,) int64), truncated.
-
-        prompt: put before every text; None: the model's own.
-        """
+        """Texts -> (flat ids (sum of lengths,) uint32, starts (n + 1,) int64), truncated. prompt:
+        put before every text; None: the model's own."""
         prompt = self.config.prompt if prompt is None else prompt
         texts = [prompt + t for t in texts] if prompt else texts
         flat, lengths = [np.zeros(0, np.uint32)], [np.zeros(1, np.int64)]
@@ -461,11 +461,10 @@ def is_count(value, limit=2**62):
 
 
 def read_safetensors(path, convert=None, fix=". Fetch or export it again"):
-    """(tensors by name, metadata) of a safetensors file.
+    """(tensors by name, metadata) of a safetensors file. Raises: InputError with the reason.
 
     Tensors are views of a private mapping of the file: a page costs memory when it is used.
     convert: called with (name, tensor) of one after the other, gives what is kept instead.
-    Raises: InputError with the file and the reason.
     """
     with reading(path, "a valid safetensors file", fix):
         with open(path, "rb") as f:
@@ -480,7 +479,7 @@ def read_safetensors(path, convert=None, fix=". Fetch or export it again"):
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind, shape, size = _check_entry(name, entry, at - body, len(data) - body)
             raw = torch.from_numpy(np.frombuffer(data, np.uint8, size, at))
-            raw = raw.clone() if at % kind.itemsize else raw  # not aligned
+            raw = join([raw], torch.uint8) if at % kind.itemsize else raw  # not aligned
             tensors[name], at = raw.view(kind).view(shape), at + size
             if convert:
                 tensors[name] = convert(name, tensors[name])
@@ -557,6 +556,19 @@ def to_hf(state):
     return out
 
 
+def join(parts, dtype):
+    """A copy of tensors of one shape (m, ...), one after the other: (len(parts) * m, ...).
+
+    Copied in pieces so small that torch starts no threads for them: once it has some, a process
+    forked from this one waits for them for ever.
+    """
+    out = parts[0].new_empty((len(parts), *parts[0].shape), dtype=dtype)
+    for part, place in zip(parts, out):
+        for a, b in zip(place.view(-1).split(2**14), part.reshape(-1).split(2**14)):
+            a.copy_(b)
+    return out.view(-1, *parts[0].shape[1:])
+
+
 def from_hf(tensors):
     """The inverse of to_hf, for use in reading(). Raises: InputError for what is no number, others
     where a query, key or value is missing or misshapen."""
@@ -570,8 +582,9 @@ def from_hf(tensors):
     for name in [n for n in out if ".attention.self.query." in n]:
         parts = [out.pop(name.replace("query", part)) for part in QKV]
         joined = name.replace(".attention.self.query.", ".qkv.")
-        need(len({p.dtype for p in parts}) == 1, f"{joined} has parts of several dtypes")
-        out[joined] = torch.stack(parts).flatten(0, 1)  # which demands equal shapes
+        kinds = [f"{p.dtype} {list(p.shape)}" for p in parts]
+        need(len({*kinds}) == 1, f"{joined} has parts of several dtypes or sizes: {kinds}")
+        out[joined] = join(parts, parts[0].dtype)
     return out
 
 
@@ -682,8 +695,8 @@ def best_dtype(device):
     else:
         cpu = torch.cpu
         what, has = "CPU", cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported()
-    why = f"the {what} has {'' if has else 'no '}bfloat16 units"
-    return "bfloat16" if has else "float32", why
+    name = "bfloat16" if has else "float32"
+    return name, f"the {what} has {'' if has else 'no '}bfloat16 units"
 
 
 def arithmetic(dtype, device, train):
@@ -697,22 +710,27 @@ def arithmetic(dtype, device, train):
     def convert(name, t):
         # A table that is not copied stays as the file stores it: rows are widened when looked up.
         stays = not t.is_floating_point() or name.endswith(TABLE) and not copy
-        return t if stays else t.to(stored, copy=copy)
+        # The steps of int8 weights stay, too: rounded, they would move whole rows.
+        if stays or name.endswith(".scale") or t.dtype == stored and not copy:
+            return t
+        return join([t], stored).view(t.shape)
 
     return dtype, device, convert
 
 
 def assemble(folder, config, tokenizer, state, dtype, device, train):
-    """The Encoder of what was read from a folder. state: its weights, by our names.
-
-    Raises: InputError where tokenizer, config and weights are not of one model.
-    """
+    """The Encoder of what was read from a folder. state: its weights, by our names. Raises:
+    InputError where tokenizer, config and weights are not of one model."""
     ids = [tokenizer.get_vocab_size() - 1, *tokenizer.get_added_tokens_decoder()]
     if not isinstance(tokenizer.model, Unigram):  # the one without gaps; listing it takes a while
         ids += tokenizer.get_vocab().values()
     if max(ids) >= config.vocab_size:
         few = f"token ids up to {max(ids)}, but the word table has {config.vocab_size} rows"
         raise InputError(f"{folder / 'tokenizer.json'}: {few}; not of one model")
+    K = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+    if config.num_hidden_layers != K:  # before a wrong number of them is built
+        wrong = f"num_hidden_layers is {config.num_hidden_layers}, expected {K}"
+        raise InputError(f"{folder / 'config.json'}: {wrong}, the layers in the weights")
     with torch.device("meta"):  # shapes only: the weights are the file's, not copies
         model = Encoder(config, tokenizer, dtype)
     with reading(folder / "model.safetensors", "the weights that config.json describes"):
@@ -733,6 +751,7 @@ def load(folder, dtype=None, device=None, train=False):
     Raises: InputError naming the file and the fix for anything missing, damaged or unsupported.
     """
     folder = Path(folder)
+    need(folder.is_dir(), f"{folder}: no such model directory")
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         need((folder / name).exists(), f"{folder / name}: no such file; {ELSEWHERE}")
     said = collect(folder)

@@ -100,7 +100,7 @@ def parser():
     add("--stages", **all_stages, help=f"1-{n}; 2-{n} takes --assistant as it is")
     add("--epochs", type=each(float, 1e-6, 1e6), help="passes over the pairs; 0.1: a quick look")
     add("--batch", type=each(int, 1), help="pairs a step; in stage 4 each is contrasted with all")
-    add("--lr", type=each(float, 1e-12), help="peak learning rate; small models take 1e-3 and more")
+    add("--lr", type=each(float, 1e-12, math.inf), help="peak learning rate; 1e-3 for small models")
     add("--dropout", type=number(float, 0, 1), help="0 suits a few passes, 0.1 the paper's many")
     add("--init", choices=("text", "paper"), help="of the bottleneck: SVD by text, paper's noise")
     add("--no-contrast", action="store_true", help="stage 4 without its contrastive term")
@@ -284,8 +284,7 @@ def claim(run):
     out, file, now = run.out, run.out / "run.json", run.identity
     need(not out.is_file(), f"--out {out}: is a file; give a folder")
     if file.exists():
-        fix = f"; delete all of {out} to begin anew, or choose another --out"
-        with M.reading(file, "what a run is", fix):
+        with M.reading(file, "what a run is", f"; delete all of {out} or choose another --out"):
             before = M.read_json(file)
         # Runs of older revisions have no key, nor have the folders they made.
         run.is_marked = before.pop("key", None) is not None
@@ -528,11 +527,8 @@ def stage_pairs(run, stage):
 
 
 def stage_batches(run, stage, model, corpus, pairs, source, epochs=None):
-    """(loss_at, steps) of a stage over these pairs (n, 2) of a corpus, for fit.
-
-    source: the folder of the encoder that gives the targets. epochs: passes, for training; without,
-    one for dev.
-    """
+    """(loss_at, steps) of a stage over these pairs (n, 2) of a corpus, for fit. source: the folder
+    of the encoder that gives the targets. epochs: passes, for training; without, one for dev."""
     args = run.args
     with run.main_process_first():
         flat, starts = data.tokens(corpus, model, args.cache)
@@ -565,11 +561,9 @@ def stage_batches(run, stage, model, corpus, pairs, source, epochs=None):
 
 
 def stage_targets(run, stage, corpus, pairs, source):
-    """targets_of(some of these pairs (N, 2)): the targets (N, H) of each side, or those of the
-    English one, which serve both. Made once, then read from disk as they are needed.
-
-    source: the folder of the encoder that gives them.
-    """
+    """targets_of(some of these pairs (N, 2)): the targets (N, H) of each side, or of the English
+    one, which serve both. The encoder in the folder `source` gives them, once: then they are read
+    from disk as they are needed."""
     args, spec = run.args, msd.STAGES[stage]
     wanted = np.unique(pairs if spec.per_side else pairs[:, 0])
     name = checkpoints.fingerprint(source)
@@ -747,8 +741,9 @@ def finish(run, models):
     for label, row, found in evaluate_all(run.load, models, run.sts, dev):
         if (run.out / "results.json").exists():
             return  # the same command, running twice, was faster
-        folder = str(models[label]).removeprefix(f"{run.out}{os.sep}")
-        rows[label], cosines[label] = row | {"folder": folder}, found
+        folder = models[label]
+        row["folder"] = str(folder.relative_to(run.out)) if run.out in folder.parents else None
+        rows[label], cosines[label] = row, found
         run.say(f"evaluated {label}")
     last = list(models)[-1]  # the student, or with stage 1 alone the assistant
     sure = bootstrap(run.sts, cosines["assistant"], cosines[last]) if last != "assistant" else {}

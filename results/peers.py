@@ -348,8 +348,8 @@ def show(rows, found):
     values = {r["name"]: [r[k] for k in keys] for r in rows}
     print("\n".join(train.aligned(heads, [".1f"] * 6 + [",.0f"], values)))
     groups = ["en-xx", "xx-en", "en-xx, foreign distractors", "en-xx, questions", "en-xx, long"]
-    heads = ["at 1; at 10; MRR of en->xx", "", "", "xx->en", "", "", "to foreign", "", ""]
-    heads += ["questions", "", "", "long", "", "", "N_1 largest"]
+    heads = ["at 1, at 10, MRR", "en->xx", "", "", "xx->en", "", "", "to foreign", "", ""]
+    heads += ["questions", "", "", "long", "", "", "largest N_1"]
     measures = "recall at 1", "recall at 10", "MRR"
     values = {
         r["name"]: [*(r[g][m] for g in groups for m in measures), r["hubs"]["N_1"]["largest"]]
@@ -363,6 +363,7 @@ def main(argv=None):
     ap.add_argument("models", nargs="+", metavar="MODEL")
     for flag in ("--train", "--dev", "--sts", "--cache"):
         ap.add_argument(flag, required=True)
+    ap.add_argument("--no-search", nargs="*", default=[], metavar="NAME", help="1:1 alone")
     ap.add_argument("--out")
     args = ap.parse_args(argv)
     one = os.environ.get("OMP_NUM_THREADS") == "1"
@@ -380,9 +381,10 @@ def main(argv=None):
         encode = remembering(peer, args.cache)
         rows.append({"name": name} | peer.facts | quality(encode, sets, dev) | machine)
         M.note(f"{name}: mono {rows[-1]['mono']:.1f}, cross {rows[-1]['cross']:.1f}")
-        found.append({"name": name, "distractors": len(texts)})
-        found[-1] |= search(encode, dev, texts, languages)
-        M.note(f"{name}: searched")
+        if name not in args.no_search:
+            found.append({"name": name, "distractors": len(texts)})
+            found[-1] |= search(encode, dev, texts, languages)
+            M.note(f"{name}: searched")
     for row, speed in zip(rows, speeds(peers, dev).values()):
         row["sentences_per_second"] = speed
     show(rows, found)

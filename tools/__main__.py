@@ -10,6 +10,7 @@ python -m tools export MODEL OUT [--weights float16|int8] [--onnx] [--plain]
 import argparse
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -55,6 +56,8 @@ def main(argv=None):
         ap.error(f"unrecognized arguments: {' '.join(rest)}")
     odd = re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", " ".join(map(str, vars(args).values())))
     need(not odd, "expected text in UTF-8 without control characters")
+    empty = [k for k in ("model", "corpus", "out", "index") if getattr(args, k, None) == ""]
+    need(not empty, f"{', '.join(empty)}: an empty path; is a variable of the shell not set?")
     need(getattr(args, "top", 1) > 0, "--top: expected 1 or more")
     if args.command == "export":
         return print(export(args.model, args.out, args.weights, args.onnx, args.plain))
@@ -65,7 +68,9 @@ def main(argv=None):
     elif args.command == "search":
         search(args, model)
     elif args.command == "encode":
-        np.save(sys.stdout.buffer, model.encode(read_texts("-"), progress=meter("encode")))
+        vectors = model.encode(read_texts("-"), progress=meter("encode"))
+        # To a bare write(), as numpy has its own words for a pipe that is closed.
+        np.save(SimpleNamespace(write=sys.stdout.buffer.write), vectors)
     else:
         print(describe(model))
 

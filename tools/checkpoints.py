@@ -43,9 +43,10 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     folder: this project's, sentence-transformers', plain Hugging Face (BERT and RoBERTa families),
     or the authors' students. dtype: 'float32', 'bfloat16' or None, the best on this device.
     train: keep float32 master weights whatever the dtype. dropout: in training.
-    max_tokens: truncate to fewer tokens than the files say.
+    max_tokens: truncate to fewer tokens than the files say, start and end included.
     Raises: InputError naming the file and the fix for anything missing, damaged or unsupported.
     """
+    need(max_tokens > 2, f"max_tokens is {max_tokens}, expected 3 or more: start and end count")
     dtype, device, convert = M.arithmetic(dtype, device, train)
     body, dense, modules = read_modules(folder)
     must_exist(body / "tokenizer.json", "AutoTokenizer.from_pretrained", body)
@@ -66,6 +67,10 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     if lower_case:
         steps = [normalizers.Lowercase(), tokenizer.normalizer or normalizers.Sequence([])]
         tokenizer.normalizer = normalizers.Sequence(steps)
+    n = tokenizer.get_vocab_size()
+    if config.vocab_size > n + 1024:  # tables are often filled up, but by less
+        few = f"{n} pieces for {config.vocab_size} rows of the word table"
+        note(f"{body / 'tokenizer.json'}: {few}; is it another model's?")
     length = min(config.max_seq_length, max_tokens)
     config = replace(config, dropout=dropout, max_seq_length=length)
     return M.assemble(body, config, tokenizer, state, dtype, device, train)
@@ -75,37 +80,34 @@ def complete(said, shapes, file):
     """Settings that the weights know better than config.json, `file`, as M.collect() gives them.
 
     The authors' students say nothing of B, K and R, and position tables are often cut or extended.
-    Raises: InputError for a model type that is not known, and where weights are missing.
+    Raises: InputError for an unknown model type, and for a word table of another size.
     """
+    values = {name: value for name, (value, _) in said.items()}
 
     def expect(ok, name, expected):
         if not ok:
-            raise InputError(f"{file}: {name} is {get(name)!r}, expected {expected}")
-
-    def get(name):
-        return said.get(name, (None, file))[0]
+            raise InputError(f"{file}: {name} is {values.get(name)!r}, expected {expected}")
 
     families = f"one of {', '.join(M.FAMILIES)}. Teachers that work: {TEACHERS}"
-    expect(get("model_type") in (None, *M.FAMILIES), "model_type", families)
+    expect(values.get("model_type") in (None, *M.FAMILIES), "model_type", families)
     V, width = shapes["embeddings.word.weight"]
-    expect(get("vocab_size") == V, "vocab_size", f"{V}, the rows of the word table in the weights")
-    B = width if width != get("hidden_size") or get("bottleneck_size") else 0
-    agree = get("bottleneck_size") in (None, B)
+    expect(values.get("vocab_size") == V, "vocab_size", f"{V}, the rows of the word table")
+    B = width if width != values.get("hidden_size") or values.get("bottleneck_size") else 0
+    agree = values.get("bottleneck_size") in (None, B)
     expect(agree, "bottleneck_size", f"{B}, the width of the word table in the weights")
+    found = {"bottleneck_size": B}
     # The authors' students keep the assistant's config.json: their K x R is its number of layers.
     # Without their bottleneck, fewer layers than config.json says are a damaged file.
-    depth = get("num_hidden_layers")
+    depth = values.get("num_hidden_layers")
     K = len({k.split(".")[1] for k in shapes if k.startswith("layers.")})
-    unsaid = get("recurrence") is None and B > 0 and K > 0 and is_count(depth) and depth % K == 0
-    expect(K == depth or unsaid, "num_hidden_layers", f"{K}, the layers in the weights")
-    found = {"num_hidden_layers": K, "bottleneck_size": B}
-    if unsaid:
-        found["recurrence"] = depth // K
-    positions = get("max_position_embeddings")
-    if shapes.get("embeddings.position.weight", [positions])[0] != positions:
-        P = found["max_position_embeddings"] = shapes["embeddings.position.weight"][0]
+    if "recurrence" not in said and B and K and is_count(depth) and depth % K == 0:
+        found |= {"num_hidden_layers": K, "recurrence": depth // K}
+    positions = values.get("max_position_embeddings")
+    P = shapes.get("embeddings.position.weight", [positions])[0]
+    if P != positions:
+        found["max_position_embeddings"] = P
         note(f"{file}: {positions} positions, the table in the weights has {P}")
-    return {k: (v, file) for k, v in found.items()}
+    return {name: (value, file) for name, value in found.items()}
 
 
 def fingerprint(folder):

@@ -5,6 +5,8 @@ import functools
 import json
 import logging
 import math
+import re
+import shlex
 import textwrap
 import warnings
 from dataclasses import replace
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from tokenizers.models import Unigram
 from torch import nn
 
 import model as M
@@ -23,6 +27,12 @@ from tools.checkpoints import POOLING, load
 FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}  # in class names
 FAMILIES |= {"camembert": "Camembert"}
 SHIPPED = (Path(M.__file__), Path(__file__).with_name("sentence_encoder.py"))
+TWO_LETTERS = """aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr
+cs cu cv cy da de dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr
+ht hu hy hz ia id ie ig ii ik io is it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb
+lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om or os
+pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su sv sw ta te tg th
+ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"""  # ISO 639-1
 BYTES = {"float32": 4, "float16": 2, "int8": 1}  # a parameter, in the files that export makes
 
 
@@ -60,9 +70,14 @@ def export(folder, out, weights="float32", onnx=False, plain=False):
 def unroll(model):
     """Make it an ordinary encoder of the same vectors, without bottleneck and recurrence.
 
-    The word table (V, B) is multiplied by the map B -> H, and the K layers are listed R times.
+    The word table (V, B) is multiplied by the map B -> H, and the K layers are listed R times. BERT
+    with XLM-R's kind of tokenizer becomes an XLM-R: llama.cpp chooses the one by the other.
     """
     c, e = model.config, model.embeddings
+    if c.model_type == "bert" and isinstance(model.tokenizer.model, Unigram):
+        rows = F.pad(e.position.weight, (0, 0, c.pad_token_id + 1, 0))  # that it counts from
+        e.position.weight = nn.Parameter(rows)
+        c = e.config = replace(c, model_type="xlm-roberta", max_position_embeddings=len(rows))
     if c.bottleneck_size:
         e.word.weight, e.project = nn.Parameter(e.word.weight @ e.project.weight.T), None
     model.layers = nn.ModuleList([*model.layers] * c.recurrence)
@@ -102,6 +117,8 @@ def write_extras(model, source, folder, plain):
         files["1_Pooling/config.json"] = {"word_embedding_dimension": c.hidden_size, **pooling}
         length = {"max_seq_length": c.max_seq_length, "do_lower_case": False}
         files["sentence_bert_config.json"] = length
+        if isinstance(model.tokenizer.model, Unigram):
+            files |= for_llama(model.tokenizer, folder)
     else:
         for file in SHIPPED:
             (folder / file.name).write_bytes(file.read_bytes())
@@ -117,6 +134,19 @@ def write_extras(model, source, folder, plain):
     for name, value in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+
+
+def for_llama(tokenizer, folder):
+    """An XLM-R's tokenizer files with what llama.cpp's converter looks for there, and where."""
+    name, ends = tokenizer.id_to_token, tokenizer.encode("").ids
+    told = {"cls_token": name(ends[0]), "sep_token": name(ends[-1])}
+    told |= {"add_prefix_space": True, "clean_up_tokenization_spaces": True}
+    raw = read_json(folder / "tokenizer.json")
+    for step in (raw["normalizer"] or {}).get("normalizers", ()):
+        if step["type"] == "Precompiled":  # tokenizers passes over a second one
+            raw["normalizer"]["precompiled_charsmap"] = step["precompiled_charsmap"]
+    config = read_json(folder / "tokenizer_config.json") | told
+    return {"tokenizer.json": raw, "tokenizer_config.json": config}
 
 
 def write_onnx(model, folder):
@@ -181,7 +211,10 @@ def origin(folder):
         text += f"Teacher: {teacher[0]}; assistant: {assistant[0]}; data: {files}; "
         text += f"seed {given['seed']}; code: {results['git'] or 'unknown'}.\n"
         seen = {x for pair in scores for x in pair.split("-")} | set(row["accuracy"])
-        return sorted(seen) or ["multilingual"], text
+        # A hub refuses what is no code, such as of a file en-mine2.tsv.
+        seen = {re.split("[-_]", x)[0] for x in seen}
+        known = [x for x in seen if x in TWO_LETTERS.split() or re.fullmatch("[a-z]{3}", x)]
+        return sorted(known) or ["multilingual"], text
     return ["multilingual"], ""
 
 
@@ -194,31 +227,51 @@ def describe(model):
     return "\n".join(lines)
 
 
+def describe_code():
+    """What the files of SHIPPED do and how much there is to read before they are trusted."""
+    texts = [file.read_text("utf-8") for file in SHIPPED]
+    n = sum(bool(line.strip()) for text in texts for line in text.splitlines())
+    return f"""What `trust_remote_code=True` runs is {" and ".join(f"`{f.name}`" for f in SHIPPED)},
+{n} lines without the blank ones. They read the files of this folder, compute, and write where
+`save` is told to; they use no network of their own, start no process and delete nothing.
+
+"""
+
+
 def model_card(model, source, name, weights, onnx, plain):
     """README.md for a hub, of the model that was read from the folder `source`."""
     c = model.config
     languages, made = origin(source)
-    trust = "" if plain else ", trust_remote_code=True"
+    trust, code = ("", "") if plain else (", trust_remote_code=True", describe_code())
+    quoted, hi = (json.dumps(x, ensure_ascii=False) for x in (name, c.prompt + "Hi"))
+    shell = shlex.quote(name)
     uses = f"""from sentence_transformers import SentenceTransformer
-SentenceTransformer("{name}"{trust}).encode(["A sentence.", "Ein Satz."])
+SentenceTransformer({quoted}{trust}).encode(["A sentence.", "Ein Satz."])
 """
     bare = f"""
 # transformers; {c.pooling} pooling of (N, T, {c.hidden_size}) gives the vectors
-ids = AutoTokenizer.from_pretrained("{name}")(["{c.prompt}Hi"], return_tensors="pt")
-AutoModel.from_pretrained("{name}")(**ids).last_hidden_state
-
-text-embeddings-router --model-id {name} --pooling {c.pooling}
+ids = AutoTokenizer.from_pretrained({quoted})([{hi}], return_tensors="pt")
+AutoModel.from_pretrained({quoted})(**ids).last_hidden_state
 """
-    here = f'model.load("{name}").encode(["A sentence."])  # with the model.py here\n'
+    if c.pooling in ("mean", "cls"):  # these know no other
+        bare += f"\ntext-embeddings-router --model-id {shell} --pooling {c.pooling}\n"
+        if c.model_type == "xlm-roberta" and isinstance(model.tokenizer.model, Unigram):
+            bare += f"""
+# llama.cpp (Ollama, LM Studio): a GGUF file by its own converter
+python convert_hf_to_gguf.py {shell} --outtype f16 --outfile model.gguf
+llama-embedding -m model.gguf -p {shlex.quote(c.prompt + "Hi")}
+"""
+    here = f'model.load({quoted}).encode(["A sentence."])  # with the model.py here\n'
     others = f"""
-// transformers.js; "fp32" is exact, "q8" 8 bits, at a cosine of about 0.99 to it
-const extract = await pipeline("feature-extraction", "{name}", {{ dtype: "q8" }});
-await extract(["{c.prompt}Hi"], {{ pooling: "{c.pooling}", normalize: true }});
+// transformers.js; "fp32" is exact, "q8" 8 bits, at a cosine of about 0.99 to it. It cuts a text
+// over {c.max_seq_length} tokens without its end mark (cosine 0.999): keep texts shorter
+const extract = await pipeline("feature-extraction", {quoted}, {{ dtype: "q8" }});
+await extract([{hi}], {{ pooling: "{c.pooling}", normalize: true }});
 
-# fastembed; of a folder here: TextEmbedding("{name}", specific_model_path="{name}")
-TextEmbedding.add_custom_model("{name}", pooling=PoolingType.{c.pooling.upper()}, dim={c.width},
-    normalization=True, sources=ModelSource(hf="{name}"), model_file="onnx/model.onnx")
-list(TextEmbedding("{name}").embed(["{c.prompt}Hi"]))
+# fastembed; of a folder here: TextEmbedding({quoted}, specific_model_path={quoted})
+TextEmbedding.add_custom_model({quoted}, pooling=PoolingType.{c.pooling.upper()}, dim={c.width},
+    normalization=True, sources=ModelSource(hf={quoted}), model_file="onnx/model.onnx")
+list(TextEmbedding({quoted}).embed([{hi}]))
 
 # ONNX Runtime; ids and mask: int64 (N, T); {c.pooling} pooling of (N, T, {c.hidden_size})
 InferenceSession("onnx/model.onnx").run(None, {{"input_ids": ids, "attention_mask": mask}})[0]
@@ -237,7 +290,7 @@ Sentences to vectors, compared by cosine. Its weights are stored in {weights}.
 {made}Made by multi-stage distillation ([arXiv 2209.05869](https://arxiv.org/abs/2209.05869)).
 The licences of teacher, assistant and training data apply to this model; the code is MIT.
 
-{textwrap.indent(uses + (bare if plain else here) + others * onnx, "    ")}
+{code}{textwrap.indent(uses + (bare if plain else here) + others * onnx, "    ")}
 Its shape, and its size by part and precision:
 
 {textwrap.indent(describe(model), "    ")}

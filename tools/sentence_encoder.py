@@ -4,6 +4,7 @@
 An export holds this file beside the model.py that it imports; here it is not imported.
 """
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,17 @@ class SentenceEncoder(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder.requires_grad_()
-        self.tokenizer = encoder.tokenizer
+
+    @functools.cached_property
+    def tokenizer(self):
+        """A copy of the encoder's as transformers' class, which what splits text expects."""
+        from transformers import PreTrainedTokenizerFast
+
+        name, ends = self.encoder.tokenizer.id_to_token, self.encoder.tokenizer.encode("").ids
+        marks = {"pad_token": self.encoder.config.pad_token_id}
+        marks |= {"cls_token": ends[0], "sep_token": ends[-1]}
+        marks = {k: name(i) for k, i in marks.items()} | {"model_max_length": self.max_seq_length}
+        return PreTrainedTokenizerFast(tokenizer_object=self.encoder.tokenizer, **marks)
 
     @classmethod
     def load(cls, path, **options):
@@ -70,5 +81,7 @@ class SentenceEncoder(nn.Module):
     def max_seq_length(self, tokens):
         c = self.encoder.config
         tokens = min(tokens, c.max_position_embeddings - c.first_position)
+        need(tokens > 2, f"max_seq_length is {tokens}, expected 3 or more: start and end count")
         self.encoder.config = replace(c, max_seq_length=tokens)
         self.encoder.tokenizer.enable_truncation(tokens)
+        self.tokenizer.model_max_length = tokens
