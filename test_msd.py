@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -338,6 +338,9 @@ def test_stages_are_those_of_the_paper():
     )
     want = [stage | dict(zip(names, row)) | dict.fromkeys(marks, True) for row, marks in rows]
     assert [*msd.STAGES] == [1, 2, 3, 4] and [*map(vars, msd.STAGES.values())] == want
+    for row in (msd.STAGES[1], msd.PRESETS["demo"]):  # nothing changes them in a run
+        with pytest.raises(FrozenInstanceError):
+            row.extra = True
 
 
 @pytest.mark.parametrize("kind", PARITY)
@@ -1488,6 +1491,22 @@ def test_cut_vocabulary_keeps_the_most_used(kind):
     assert none.keys() - always == {next(p for p in others if len(need[p]) == 1)}
     same_, every = data.cut_vocabulary(old, counts, len(ids))
     assert same_.get_vocab() == ids and every.tolist() == list(range(len(ids)))
+
+
+def test_cut_assistant_to_some_rows(tokenizer):
+    """Those of its ids, in their order, and its pad id with them; a RoBERTa's must stay."""
+    wide = {"max_position_embeddings": 470, "pad_token_id": 400}
+    for kind, ids in (("roberta", np.arange(450)), ("bert", np.arange(300, 450))):
+        A = rough(tiny(pad_at(tokenizer, 400), model_type=kind, **wide))
+        A.embeddings.word.weight.data[400] = 7.0
+        cut = msd.cut_assistant(A, A.tokenizer, ids)
+        assert torch.equal(cut.embeddings.word.weight, A.embeddings.word.weight[ids])
+        pad_id = 400 if kind == "roberta" else 100
+        assert cut.config == replace(A.config, vocab_size=len(ids), pad_token_id=pad_id)
+        assert same(cut.layers, A.layers)
+    with pytest.raises(M.InputError, match="the pad token would move from id 400 to 399"):
+        cut = tiny(pad_at(tokenizer, 400), model_type="roberta", **wide)
+        msd.cut_assistant(cut, cut.tokenizer, np.arange(1, 450))
 
 
 def test_always_kept_refuses_word_level():
