@@ -132,13 +132,18 @@ class Worker:
         self.process = None
 
     def start(self, job, ids, stop=True, changed=None):
-        self.job, self.begun = job, time.monotonic()
+        """Run tests; changed: (file, text) of the copy, until the outcome is asked for."""
+        self.job, self.begun, self.restore = job, time.monotonic(), None
         self.answer.unlink(missing_ok=True)
+        if changed:
+            file, text = self.place / changed[0], changed[1]
+            self.restore = file, file.read_bytes(), file.stat()
+            file.write_text(text, "utf-8")
         sys.stdout.flush()
         self.process = os.fork()
         if not self.process:
             try:
-                run_tests(self.place, ids, stop, self.answer, changed)
+                run_tests(self.place, ids, stop, self.answer, changed and file)
             finally:
                 os._exit(0)
 
@@ -153,7 +158,11 @@ class Worker:
         return self.process is None
 
     def outcome(self):
-        """{test: outcomes}, None where the process gave none."""
+        """{test: outcomes}, None where the process gave none; the copy is as it was again."""
+        if self.restore:
+            file, content, stat = self.restore
+            file.write_bytes(content)
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # what is compiled goes by it
         return json.loads(self.answer.read_text("utf-8")) if self.answer.exists() else None
 
 
@@ -174,14 +183,12 @@ def share_out(workers, jobs, begin, end):
 def verdict(change, seen):
     """None where every named test failed in its own body, else why that is not so."""
     for name in change[4]:
-        found = (seen or {}).get(name, [])
-        failed = [x.removeprefix("call: ") for x in found if x.startswith("call: ")]
+        found = sorted(set((seen or {}).get(name, ["no outcome: no Python, or too slow"])))
+        failed = {x.removeprefix("call: ") for x in found if x.startswith("call: ")}
         if not failed:
-            return (
-                f"{name}: {', '.join(sorted(set(found))) or 'no outcome: no Python, or too slow'}"
-            )
-        if set(failed) <= set(UNFAIR):
-            return f"{name} failed for another reason: {failed[0]}"
+            return f"{name}: {', '.join(found)}"
+        if failed <= set(UNFAIR):
+            return f"{name} failed for another reason: {', '.join(failed)}"
     return None
 
 
@@ -210,12 +217,10 @@ def try_all(workers, table, where):
 
     def begin(worker, i):
         _, file, old, new, tests = table[i]
-        text = (ROOT / file).read_text("utf-8").replace(old, new)
-        (worker.place / file).write_text(text, "utf-8")
-        worker.start(i, [f"{where[t]}::{t}" for t in tests], len(tests) == 1, worker.place / file)
+        text = (worker.place / file).read_text("utf-8").replace(old, new)
+        worker.start(i, [f"{where[t]}::{t}" for t in tests], len(tests) == 1, (file, text))
 
     def end(worker, i):
-        shutil.copy2(ROOT / table[i][1], worker.place / table[i][1])
         if why := verdict(table[i], worker.outcome()):
             survived[i] = why
             print(f"SURVIVED  {shown(table[i])}\n          {why}", flush=True)
@@ -249,6 +254,27 @@ def warm_up():
     sys.dont_write_bytecode = False
 
 
+def run(table, where, jobs):
+    """Try a table's changes and say what became of them; returns the exit code."""
+    begun = time.monotonic()
+    warm_up()
+    with tempfile.TemporaryDirectory() as folder:
+        workers = [Worker(Path(folder), i) for i in range(min(jobs, len(table)))]
+        if wrong := check_clean(workers, sorted({t for c in table for t in c[4]}), where):
+            print(*(f"does not pass as it is: {k}: {v}" for k, v in wrong.items()), sep="\n")
+            return 2
+        sys.dont_write_bytecode = True  # what was compiled is of the code as it is
+        clean = time.monotonic() - begun
+        print(f"{len(table)} changes; the tests as they are: {clean:.0f} s", flush=True)
+        survived = try_all(workers, table, where)
+    left = Counter(table[i][0] for i in survived)
+    for row, (n, _) in rows_of(table).items():
+        print(f"{n - left[row]:4} of {n:3} killed  {row}")
+    seconds = time.monotonic() - begun
+    print(f"{len(table) - len(survived)} of {len(table)} changes killed, {seconds:.0f} s")
+    return 1 if survived else 0
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ap.add_argument("words", nargs="*", metavar="WORD")
@@ -263,28 +289,12 @@ def main():
     table = [c for c in table if all(w in " ".join(map(str, c)) for w in args.words)]
     if args.list:
         print(*(f"{c[0]}\n    {shown(c)}" for c in table), sep="\n")
-        return 0
-    if args.rows:
-        for row, (n, tests) in rows_of(table).items():
-            print(f"{n:4}  {row}\n      {', '.join(tests)}")
-        return 0
-    begun = time.monotonic()
-    warm_up()
-    with tempfile.TemporaryDirectory() as folder:
-        workers = [Worker(Path(folder), i) for i in range(min(args.jobs, len(table)))]
-        if wrong := check_clean(workers, sorted({t for c in table for t in c[4]}), where):
-            print(*(f"does not pass as it is: {k}: {v}" for k, v in wrong.items()), sep="\n")
-            return 2
-        sys.dont_write_bytecode = True  # what was compiled is of the code as it is, by its date
-        clean = time.monotonic() - begun
-        print(f"{len(table)} changes; the tests as they are: {clean:.0f} s", flush=True)
-        survived = try_all(workers, table, where)
-    left = Counter(table[i][0] for i in survived)
-    for row, (n, _) in rows_of(table).items():
-        print(f"{n - left[row]:4} of {n:3} killed  {row}")
-    seconds = time.monotonic() - begun
-    print(f"{len(table) - len(survived)} of {len(table)} changes killed, {seconds:.0f} s")
-    return 1 if survived else 0
+    elif args.rows:
+        rows = rows_of(table).items()
+        print(*(f"{n:4}  {row}\n      {', '.join(tests)}" for row, (n, tests) in rows), sep="\n")
+    else:
+        return run(table, where, args.jobs)
+    return 0
 
 
 if __name__ == "__main__":
