@@ -8,17 +8,19 @@ were made from; all of it is safe to delete.
 
 import contextlib
 import functools
+import glob
 import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import re
-import shlex
 import shutil
 import sys
 import time
+import unicodedata
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -27,6 +29,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
+from checks import forms
 from model import InputError, need, read_json, reading
 
 
@@ -56,55 +59,47 @@ def meter(what):
 
 # ---------------------------------------------------------------------------------- reading files
 LINE_LIMIT = 1 << 20  # bytes; a file with a longer one holds no sentence pairs
-COUNTS = ("lines", "kept", "long", "blank", "header", "same", "quoted")  # in the report of a file
-FORMATS = {  # what a file may be instead of text, by its first bytes, and what prints its text
-    b"PAR1": (
-        "parquet",  # two columns; line ends and tabs in a cell become spaces
-        "python -c \"import pandas, sys; [print(*(' '.join(str(x).split()) for x in row[:2]), "
-        "sep='\\t') for row in pandas.read_parquet(sys.argv[1]).values]\"",
-    ),
-    b"PK\x03\x04": (
-        "zip",  # all that is in it
-        'python -c "import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); '
-        '[sys.stdout.buffer.write(z.read(n)) for n in z.namelist()]"',
-    ),
-    b"BZh": ("bzip2", "bzcat"),
-    b"\xfd7zXZ": ("xz", "xzcat"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "zstdcat"),
-    (b"\xff\xfe\0\0", b"\0\0\xfe\xff"): ("UTF-32", "iconv -f UTF-32 -t UTF-8"),
-    (b"\xff\xfe", b"\xfe\xff"): ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
+ODD = {  # of the pairs kept: from which share of a file on it is a warning, and what it is
+    "same": (0.03, "both sides are equal"),
+    "quoted": (0.03, "both sides are in quotes"),
+    "entities": (0.01, "HTML entities"),
+    "twice": (0.01, "text that was decoded twice"),
 }
+COUNTS = ("lines", "kept", "long", "blank", "header", *ODD)
 NOT_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
 NOT_UTF8 = re.compile("[\ud800-\udfff]")
+ENTITY = re.compile("&(#[0-9]{2,6}|#x[0-9A-Fa-f]{2,5}|[A-Za-z]{2,8}[0-9]{0,2});")
+TWICE = re.compile(forms.TWICE)
 
 
-def refuse_formats(path, head, packed):
-    """Raises: InputError where the first bytes of a file are not those of UTF-8 text."""
-    name, command = next((v for k, v in FORMATS.items() if head.startswith(k)), ("", ""))
-    if not name and head.count(0) > len(head) / 5:  # no byte order mark, but every second byte
-        name, order = "UTF-16", "BE" if head[0] == 0 else "LE"
-        command = f"iconv -f UTF-16{order} -t UTF-8"
-    new = Path(path).with_name(f"text-{Path(path).stem.removesuffix('.tsv')}.tsv")
-    old, new = shlex.quote(str(path)), shlex.quote(str(new))
-    text = f"zcat {old} | {command}" if packed else f"{command} {old}"
-    need(not name, f"it is {name}. Convert it: {text} > {new}")
+def expand(patterns, flag):
+    """Files of a list of glob patterns. Raises: InputError for a pattern that matches nothing."""
+    files = set()
+    for pattern in patterns:
+        found = {pattern, *glob.glob(pattern, recursive=True)}  # a name may hold a bracket
+        found = {f for f in found if os.path.isfile(f)}
+        what = "it is a folder; name its files, as 'DIR/*.tsv'"
+        need(found, f"{flag} {pattern}: {what if os.path.isdir(pattern) else 'no such file'}")
+        files |= found
+    return [Path(f) for f in sorted(files)]
 
 
 def read_lines(path):
-    """Yield the lines of a plain or gzipped UTF-8 file, without their ends.
+    """Yield the lines of a plain or gzipped UTF-8 file, without their ends, in Unicode's form NFC.
 
     A byte that is not UTF-8 becomes half of a surrogate pair, which no right line has.
     Raises: InputError for a file that is missing, unreadable, truncated or of another format.
     """
     with reading(path, "plain or whole gzipped UTF-8 text"), open(path, "rb") as raw:
-        packed = raw.peek(2)[:2] == b"\x1f\x8b"
-        lines = gzip.open(raw) if packed else raw
-        refuse_formats(path, lines.peek(4096)[:4096], packed)
+        lines = gzip.open(raw) if raw.peek(2)[:2] == forms.GZIP else raw
+        forms.refuse_formats(path, lines.peek(4096)[:4096])
         while line := lines.readline(LINE_LIMIT):
             whole = len(line) < LINE_LIMIT or line.endswith(b"\n")
             need(whole, f"it has a line of more than {LINE_LIMIT} bytes")
             text = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
-            yield text.removeprefix("\ufeff")  # joined files have more than one BOM
+            text = text.removeprefix("\ufeff")  # joined files have more than one BOM
+            # A letter and its accent may come as one character or as two: the same sentence twice.
+            yield text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def fault_of(text, sides):
@@ -118,6 +113,18 @@ def fault_of(text, sides):
     return None if all(sides) else "an empty side"
 
 
+def suspicions(text, a, b):
+    """What is odd about a line that is a pair: names out of COUNTS."""
+    if a == b:
+        yield "same"
+    if len(a) > 1 < len(b) and a[0] == a[-1] == b[0] == b[-1] == '"':
+        yield "quoted"
+    if "&" in text and ENTITY.search(text):
+        yield "entities"
+    if not text.isascii() and TWICE.search(text):
+        yield "twice"
+
+
 def is_header(sides):
     """Are these the names of two columns, such as english and non_english, or source and target?"""
     a, b = (re.sub("[^a-z]", "", side.lower()) for side in sides)
@@ -129,10 +136,12 @@ def read_pairs(path, report, max_chars=250, max_lines=None):
     """Yield (line number, english, translation) of a file, counting every line in `report`.
 
     report: lines = kept + long (over max_chars, the paper's rule) + blank + header + the sum of
-    bad by reason; of those kept, how many are untranslated or quoted; examples.
-    Raises: InputError at the end if more than 1 % of the lines are bad.
+    bad by reason; of those kept, how many are untranslated, quoted or damaged; examples.
+    Raises: InputError at the end if more than 1 % of the lines are bad, or a side is no text.
     """
     report |= {"file": Path(path).name, "bad": Counter(), "examples": {}} | dict.fromkeys(COUNTS, 0)
+
+    first = []
 
     def count(what, number, text):
         report[what] += 1
@@ -154,36 +163,57 @@ def read_pairs(path, report, max_chars=250, max_lines=None):
             report["long"] += 1
         else:
             report["kept"] += 1
-            if sides[0] == sides[1]:
-                count("same", number, text)
-            if all(len(s) > 1 and s[0] == s[-1] == '"' for s in sides):
-                count("quoted", number, text)
+            for what in suspicions(text, *sides):
+                count(what, number, text)
+            if len(first) < forms.SAMPLE:
+                first.append(sides)
             yield number, *sides
-    refuse_bad(path, report)
+    refuse_bad(path, report, first)
 
 
-def refuse_bad(path, report):
-    """Raises: InputError where more than 1 % of the lines of a file are bad."""
+def refuse_bad(path, report, first):
+    """Raises: InputError where more than 1 % of the lines of a file are bad, most are in quotes, or
+    the first pairs have scores or ids on one side; with the command that makes pairs of it."""
     bad, lines = sum(report["bad"].values()), report["lines"]
-    fix = ""
-    if report["bad"]["too many columns"] > bad / 2:
-        cat = "zcat" if str(path).endswith(".gz") else "cat"
-        fix = f" Keep two columns: {cat} {shlex.quote(str(path))} | cut -f1,2 > en-xx.tsv."
-    first = "; ".join(report["examples"][kind] for kind in report["bad"])
-    share = f"{bad} of {lines} lines are bad, more than 1 %: {dict(report['bad'])}"
-    need(bad <= lines / 100, f"{path}: {share}.{fix} First: {first}")
+    scores = [sum(map(bool, map(forms.SCORE.fullmatch, side))) for side in zip(*first)]
+    if bad > lines / 100:
+        what = f"{bad} of {lines} lines are bad, more than 1 %: {dict(report['bad'])}. First: "
+        what += "; ".join(report["examples"][kind] for kind in report["bad"])
+    elif report["quoted"] > report["kept"] / 2:
+        what = f"most lines are in quotes, such as {report['examples']['quoted']}"
+    elif max(scores, default=0) > len(first) / 2:
+        side = scores.index(max(scores))
+        found = "english<TAB>translation, found scores or ids"
+        what = f"column {side + 1}: expected {found}, such as {first[0][side][:60]!r}"
+    else:
+        return
+    raise InputError(f"{path}: {what}.{forms.fix_of(path, list(read_lines(path)))}")
+
+
+def sts_files(folder):
+    """{"en-de": file} of a folder of similarity sets, *.A-B.txt or .tsv. Raises: InputError."""
+    sets, others = {}, []
+    need(Path(folder).is_dir(), f"{folder}: no such folder; expected one of similarity sets")
+    named = re.compile(r"(?:^|[._])([a-z]{2,3}-[a-z]{2,3})\.(txt|tsv)(\.gz)?$")
+    for path in sorted(Path(folder).glob("[!.]*")):
+        if m := named.search(path.name):
+            need(m[1] not in sets, f"{path}: a second file for {m[1]} in {folder}; keep one")
+            sets[m[1]] = path
+        else:
+            others.append(path.name)
+    if others:
+        note(f"{folder}: not read, as not named like STS.en-de.txt: {', '.join(others):.300}")
+    need(sets, f"{folder}: no similarity sets; expected files named like STS.en-de.txt")
+    return sets
 
 
 def read_sts(folder):
-    """{"en-de": (sentences, sentences, scores)} of a folder of similarity sets, *.A-B.txt or .tsv.
+    """{"en-de": (sentences, sentences, scores)} of a folder of similarity sets, see sts_files().
 
     Lines are sentence<TAB>sentence<TAB>score from 0 to 5. Raises: InputError at any bad line.
     """
     sets = {}
-    named = re.compile(r"(?:^|[._])([a-z]{2,3}-[a-z]{2,3})\.(txt|tsv)(\.gz)?$")
-    for path in sorted(Path(folder).glob("[!.]*")):
-        if not (m := named.search(path.name)):
-            continue
+    for name, path in sts_files(folder).items():
         rows = []
         for number, text in enumerate(read_lines(path), 1):
             try:
@@ -196,10 +226,8 @@ def read_sts(folder):
             rows.append((a, b, float(score)))
         differ = len({score for *_, score in rows}) > 1
         need(differ, f"{path}: {len(rows)} lines of one score; a correlation needs two scores")
-        need(m[1] not in sets, f"{path}: a second file for {m[1]} in {folder}; keep one")
         a, b, scores = zip(*rows)
-        sets[m[1]] = list(a), list(b), np.array(scores)
-    need(sets, f"{folder}: no similarity sets; expected files named like STS.en-de.txt")
+        sets[name] = list(a), list(b), np.array(scores)
     return sets
 
 
@@ -211,6 +239,15 @@ def delete(path):
         remove(path)
 
 
+@functools.cache
+def place():
+    """Names where process ids mean what they do here: a machine since its start, a container."""
+    files = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    with contextlib.suppress(OSError):  # Linux alone has them
+        return digest(platform.node(), files[0].read_text("utf-8"), os.readlink(files[1]))
+    return digest(platform.node())
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary name beside `path`, for a file or a new folder; success renames it.
@@ -219,13 +256,14 @@ def atomic(path):
     Raises: InputError where it cannot be written, naming the path.
     """
     path = Path(path)
-    prefix = f".{path.name}.tmp-{platform.node()}@"  # machines may share a folder
-    tmp = path.with_name(f"{prefix}{os.getpid()}")
+    prefix = f".{path.name}.tmp-"
+    tmp = path.with_name(f"{prefix}{place()}@{os.getpid()}")  # machines may share a folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in (f for f in path.parent.iterdir() if f.name.startswith(prefix)):
-            process = Path("/proc", old.name.removeprefix(prefix))
-            if Path("/proc/self").exists() and not process.exists():  # it was killed in a save
+            where, _, process = old.name.removeprefix(prefix).partition("@")
+            ours = where == place() and Path("/proc/self").exists()
+            if ours and not Path("/proc", process).exists():  # it was killed in a save
                 delete(old)
         try:
             yield tmp
@@ -269,11 +307,11 @@ class Corpus:
     pairs (n, 2): numbers of distinct sentences, english and translation. group (n,): 0 for files of
     all stages, 1 for those of stages 2 and 3 alone. line (n,): a pair's line in its file.
     text: all sides, in UTF-8; starts: where each begins. first: of each distinct sentence, its row
-    of starts. report: a dict a file.
+    of starts. report: a dict a file; files: where they lie.
     """
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
+    def __init__(self, folder, files=()):
+        self.folder, self.files = Path(folder), files
         self.key = self.folder.name
         for name in ("text", "starts", "pairs", "group", "line", "first"):
             setattr(self, name, open_array(self.folder / f"{name}.npy"))
@@ -312,12 +350,33 @@ class Corpus:
             yield f"  {cut} files reach --max-lines {max_lines:,}; lines beyond it are not read"
         # Reversed, so that the example of the first file stays.
         examples = {k: v for r in reversed(self.report) for k, v in r["examples"].items()}
-        for kind, what in (("same", "are equal"), ("quoted", "are in quotes")):
+        for kind, (limit, what) in ODD.items():
             if n[kind]:
-                warning = "warning: " * (n[kind] > 0.03 * n["kept"])
-                example = examples.pop(kind)
-                yield f"  {warning}{n[kind] / n['kept']:.1%}: both sides {what}, such as {example}"
+                shares = [r[kind] / (r["kept"] or 1) for r in self.report]
+                i = shares.index(max(shares))  # the file that has most
+                fix = f"; mend it: {forms.piped(self.files[i], forms.MEND)}" * (limit < 0.03)
+                warning, fix = ("warning: ", fix) if shares[i] > limit else ("", "")
+                of_file = f" ({shares[i]:.1%} of {self.files[i]})" * (len(shares) > 1)
+                example = f"{what}{of_file}, such as {examples.pop(kind)}"
+                yield f"  {warning}{n[kind] / n['kept']:.1%}: {example}{fix}"
         yield from (f"  dropped {example}" for example in list(examples.values())[:3])
+
+
+@contextlib.contextmanager
+def array_file(path, dtype, *row):
+    """Yield a file for the rows of an array, one after another; it becomes a .npy. row: its shape.
+
+    What is larger than memory is written so.
+    """
+    with open(path, "wb") as f:
+        f.write(bytes(128))  # the header, once the number of rows is known
+        yield f
+        size = np.dtype(dtype).itemsize * math.prod(row)
+        shape = (f.tell() - 128) // size, *row
+        f.seek(0)
+        header = {"descr": dtype, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(f, header)
+        assert f.tell() == 128
 
 
 # The first value of a key is the version of what is stored; it moves when that changes.
@@ -328,43 +387,44 @@ def build_corpus(files, cache, extra=(), max_chars=250, max_lines=None):
     """
     once = {Path(f).resolve(): (f, group) for group, some in ((1, extra), (0, files)) for f in some}
     files = sorted((Path(f).name, digest(Path(f)), group, str(f)) for f, group in once.values())
-    key = digest(3, [f[:3] for f in files], max_chars, max_lines)  # in whatever order they came
+    key = digest(4, [f[:3] for f in files], max_chars, max_lines)  # in whatever order they came
     folder = Path(cache) / f"corpus-{key}"
     if not folder.exists():
         with atomic(folder) as tmp:
             tmp.mkdir()
             _write_corpus(tmp, files, max_chars, max_lines)
-    return Corpus(folder)
+    return Corpus(folder, [f[3] for f in files])
 
 
 def _write_corpus(tmp, files, max_chars, max_lines):
     """The arrays of a Corpus and its report. Equal sentences get one number, so each is tokenised
     and encoded once; 64-bit hashes stand for the text."""
     hashes, sizes, lines, groups = array("Q"), array("I"), array("I"), array("B")
-    text, reports = bytearray(), []
+    reports = []
     sizes_of_files = np.cumsum([os.path.getsize(f[3]) for f in files])
     progress = meter("bytes")
-    for done, (_, _, group, path) in zip(sizes_of_files, files):
-        reports.append({})
-        for number, *sides in read_pairs(path, reports[-1], max_chars, max_lines):
-            for side in map(str.encode, sides):
-                key = hashlib.blake2b(side, digest_size=8).digest()
-                hashes.append(int.from_bytes(key, "little"))
-                sizes.append(len(side))
-                text += side
-            lines.append(number)
-            groups.append(group)
-        progress(done, sizes_of_files[-1])
+    with array_file(tmp / "text.npy", "|u1") as text:
+        for done, (_, _, group, path) in zip(sizes_of_files, files):
+            reports.append({})
+            for number, *sides in read_pairs(path, reports[-1], max_chars, max_lines):
+                for side in map(str.encode, sides):
+                    key = hashlib.blake2b(side, digest_size=8).digest()
+                    hashes.append(int.from_bytes(key, "little"))
+                    sizes.append(len(side))
+                    text.write(side)
+                lines.append(number)
+                groups.append(group)
+            progress(done, sizes_of_files[-1])
     names = ", ".join(f[3] for f in files) or "no files"
     expected = f"english<TAB>translation lines, {max_chars} characters a side at most"
     need(lines, f"{names}: no usable sentence pairs; expected {expected}")
-    _, first, ids = np.unique(np.array(hashes), return_index=True, return_inverse=True)
-    np.save(tmp / "text.npy", np.frombuffer(text, np.uint8))
     np.save(tmp / "starts.npy", np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))
-    np.save(tmp / "pairs.npy", ids.astype(np.uint32).reshape(-1, 2))
-    np.save(tmp / "group.npy", np.array(groups))
-    np.save(tmp / "line.npy", np.array(lines))
+    np.save(tmp / "group.npy", np.frombuffer(groups, np.uint8))
+    np.save(tmp / "line.npy", np.frombuffer(lines, np.uint32))
+    del sizes, groups, lines
+    _, first, ids = np.unique(np.frombuffer(hashes, np.uint64), True, True)
     np.save(tmp / "first.npy", first)
+    np.save(tmp / "pairs.npy", ids.astype(np.uint32).reshape(-1, 2))
     (tmp / "report.json").write_text(json.dumps({"files": reports}), "utf-8")
 
 
@@ -376,16 +436,25 @@ def tokens(corpus, encoder, cache, chunk=20000):
     if not folder.exists():
         with atomic(folder) as tmp:
             tmp.mkdir()
-            parts, lengths, n = [], [[0]], len(corpus.first)
+            begun, n = 0, len(corpus.first)
             progress = meter("tokens")
-            for i in range(0, n, chunk):
-                flat, starts = encoder.tokenize(corpus.texts(slice(i, i + chunk)))
-                parts.append(flat)
-                lengths.append(np.diff(starts))
-                progress(min(i + chunk, n), n)
-            np.save(tmp / "ids.npy", np.concatenate(parts))
-            np.save(tmp / "starts.npy", np.cumsum(np.concatenate(lengths)))
+            ids, all_starts = tmp / "ids.npy", tmp / "starts.npy"
+            with array_file(ids, "<u4") as f, array_file(all_starts, "<i8") as g:
+                g.write(bytes(8))
+                for i in range(0, n, chunk):
+                    flat, starts = encoder.tokenize(corpus.texts(slice(i, i + chunk)))
+                    f.write(flat.tobytes())
+                    g.write((begun + starts[1:]).tobytes())
+                    begun += len(flat)
+                    progress(min(i + chunk, n), n)
     return open_array(folder / "ids.npy"), open_array(folder / "starts.npy")
+
+
+def piece_counts(corpus, encoder, cache, most=None):
+    """How often a corpus, or its first `most` tokens, use each piece of an encoder: (V,). Sentences
+    are in no order: the first ones are a fair sample."""
+    ids, _ = tokens(corpus, encoder, cache)
+    return np.bincount(ids[:most], minlength=encoder.config.vocab_size)
 
 
 def vectors(corpus, ids, encoder, fingerprint, cache, embeddings_only=False, chunk=8192):
@@ -399,9 +468,7 @@ def vectors(corpus, ids, encoder, fingerprint, cache, embeddings_only=False, chu
     key = (fingerprint, str(encoder.dtype), c.max_seq_length, c.prompt, embeddings_only)
     path = Path(cache) / f"vectors-{digest(3, corpus.key, ids.tobytes(), *key)}.npy"
     if not path.exists():
-        with atomic(path) as tmp, open(tmp, "wb") as f:
-            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(f, header)
+        with atomic(path) as tmp, array_file(tmp, "<f2", shape[1]) as f:
             f.flush()
             if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not hours later
                 os.posix_fallocate(f.fileno(), 0, f.tell() + 2 * shape[0] * shape[1])
@@ -419,17 +486,32 @@ def vectors(corpus, ids, encoder, fingerprint, cache, embeddings_only=False, chu
 # -------------------------------------------------------------------------------------- vocabulary
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # XLM-R's ids 0 to 3
 FAIR_SAMPLE = 1_000_000  # sentences are numbered by their hash: the first ones are a fair sample
+UNSPACED = 4_000_000  # characters of text without spaces, whose sentences are one word to BPE
 
 
 def vocabulary(corpus, size, lower_case, cache):
     """The tokenizer that train_tokenizer learns from a corpus, made once."""
-    path = Path(cache) / f"vocabulary-{digest(4, corpus.key, size, lower_case)}.json"
+    path = Path(cache) / f"vocabulary-{digest(5, corpus.key, size, lower_case)}.json"
     if not path.exists():
         tokenizer = train_tokenizer(corpus.texts(slice(FAIR_SAMPLE)), size, lower_case)
         with atomic(path) as tmp:
             tmp.write_text(tokenizer.to_str(), "utf-8")
     with reading(path, "a whole cache entry", "; delete it and run again"):
         return Tokenizer.from_file(str(path))
+
+
+def spaced(texts):
+    """Yield texts; of those without spaces, as Chinese and Thai, no more than UNSPACED characters.
+
+    A vocabulary learns words once, however often they are there: of such text each sentence costs.
+    """
+    left = UNSPACED
+    for text in texts:
+        if len(text) > 15 * (1 + text.count(" ")):
+            left -= len(text)
+            if left < 0:
+                continue
+        yield text
 
 
 def train_tokenizer(texts, size, lower_case):
@@ -446,7 +528,7 @@ def train_tokenizer(texts, size, lower_case):
     tokenizer.decoder = tokenizers.decoders.Metaspace()
     bars = sys.stderr.isatty()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=bars)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(spaced(texts), trainer)
     ends = [("<s>", 0), ("</s>", 2)]
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
     return tokenizer

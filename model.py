@@ -40,6 +40,11 @@ def need(ok, message):
         raise InputError(message)
 
 
+def is_out_of_memory(e):
+    """Does an exception say so? On a CPU torch's is a RuntimeError."""
+    return isinstance(e, MemoryError) or re.search("(out of|allocate) memory", str(e))
+
+
 @contextlib.contextmanager
 def reading(path, expected, fix=""):
     """Around what reads a file: any failure becomes one InputError line that names the file."""
@@ -48,13 +53,13 @@ def reading(path, expected, fix=""):
         pointer = small and b"https://git-lfs" in Path(path).read_bytes()
         need(not pointer, "a Git LFS pointer, not the file itself; run: git lfs pull")
         yield
-    except MemoryError:
-        raise
     except InputError as e:  # whole: it may hold a command, and in it a path with two spaces
         raise InputError(f"{path}: not {expected}: {e}{fix}") from e
     except OSError as e:
         raise InputError(f"{path}: cannot read ({e.strerror or e}){fix}") from e
     except Exception as e:  # a damaged file can make a library raise anything
+        if is_out_of_memory(e):
+            raise
         why = " ".join(str(e).split())
         raise InputError(f"{path}: not {expected}: {why:.900}{fix}") from e
 

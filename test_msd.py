@@ -1,6 +1,8 @@
 """Tests: hermetic and quick.
 
-Those that compare with outside numbers skip, with a reason, where those are absent.
+Those that compare with outside numbers skip, with a reason, where those are absent. Here: the
+losses, how models begin, the encoder, text, evaluation, a run. tests/test_training.py: the loop and
+what each stage gets. audit/: what would happen if a line of the method were wrong.
 
 python -m pytest -q: these, and those in tests/
 """
@@ -29,7 +31,8 @@ import model as M
 import msd
 import train
 from demo import corpus as demo
-from tools import checkpoints
+from tools import checkpoints, evaluation
+from tools.export import narrow
 
 HERE = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands started here; the same bits need as many
@@ -90,6 +93,16 @@ def tiny(tokenizer, seed=0, std=0.3, **changes):
     )
 
 
+@torch.no_grad()
+def rough(m):
+    """The same encoder with no bias at 0 and no LayerNorm at identity, each its own."""
+    generator = torch.Generator().manual_seed(9)
+    for name, p in m.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+    return m
+
+
 def batch(encoder, texts):
     return encoder.batch(*encoder.tokenize(texts), np.arange(len(texts)))
 
@@ -112,11 +125,31 @@ def tsv(folder, n=120):
         rows[" ".join(pick)] = " ".join(w[::-1] for w in pick)
     folder.mkdir(exist_ok=True)
     write(folder / "en-de.tsv", "".join(f"{a}\t{b}\n" for a, b in rows.items()))
+    held_out = (f"{a} {b}\t{b[::-1]}\n" for a, b in [*zip(words, words[1:])][:8])
+    write(folder / "dev" / "en-de.tsv", "".join(held_out))
     write(
         folder / "sts" / "STS.en-de.txt",
         "".join(f"{a}\t{b}\t{i % 6}\n" for i, (a, b) in enumerate(list(rows.items())[:20])),
     )
     return folder
+
+
+def token_at(tokenizer, token, row):
+    """The same tokenizer with a special token of its own at another id."""
+    raw = json.loads(tokenizer.to_str())
+    model, old = raw["model"], tokenizer.token_to_id(token)
+    vocab = model["vocab"]
+    if isinstance(vocab, list):  # Unigram's
+        vocab[old], vocab[row] = vocab[row], vocab[old]
+        model["unk_id"] = row if model["unk_id"] == old else model["unk_id"]
+    else:
+        vocab[tokenizer.id_to_token(row)], vocab[token] = old, row
+    next(t for t in raw["added_tokens"] if t["content"] == token)["id"] = row
+    return tokenizers.Tokenizer.from_str(json.dumps(raw))
+
+
+def pad_at(tokenizer, row):
+    return token_at(tokenizer, "<pad>", row) if row != 1 else tokenizer
 
 
 TEMPORARY = tempfile.TemporaryDirectory()  # of the fixtures; goes with the process
@@ -138,7 +171,11 @@ def world(tokenizer):
 
 def command(world, out, *more, script=HERE / "train.py"):
     d = world / "d"
-    usual = {"--teacher": world / "teacher", "--train": d / "en-*.tsv", "--dev": d / "en-de.tsv"}
+    usual = {
+        "--teacher": world / "teacher",
+        "--train": d / "en-*.tsv",
+        "--dev": d / "dev" / "en-de.tsv",
+    }
     usual |= {"--sts": d / "sts", "--preset": "demo"}
     data_flags = [x for flag in usual.items() if flag[0] not in more for x in flag]
     sizes = "--epochs 2 --batch 16 --vocab 200 --bottleneck 8 --dropout 0.1".split()
@@ -159,6 +196,25 @@ def run_here(capsys, args):
     return capsys.readouterr().out
 
 
+def script(path, body):
+    return write(
+        path,
+        f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport model as M, train\n"
+        f"from tools.cli import run_cli\n{body}\nrun_cli(train.main)\n",
+    )
+
+
+def torchrun(args, n=2):
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={n}",
+        *args[1:],
+    ]
+
+
 @pytest.fixture(scope="session")
 @functools.cache
 def finished(world):
@@ -168,47 +224,123 @@ def finished(world):
 
 
 # ---------------------------------------------------------------------- msd: the losses, the stages
-def test_losses_against_loops():
-    rng = np.random.default_rng(0)
-    x, y, z = (rng.normal(size=(5, 7)) for _ in range(3))
-    mse = sum((x[i, d] - y[i, d]) ** 2 for i in range(5) for d in range(7)) / 35
-    assert float(msd.mse(*map(torch.tensor, (x, y)))) == pytest.approx(mse, rel=1e-12)
-    cos = lambda a, b: (
-        sum(p * q for p, q in zip(a, b)) / math.sqrt(sum(p * p for p in a) * sum(q * q for q in b))
+def random64(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def cosine(a, b):
+    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+
+
+def is_its_gradient(f, *given):
+    """The gradient of f by each of its arguments is that of finite differences, in float64."""
+    return torch.autograd.gradcheck(f, [x.detach().clone().requires_grad_() for x in given])
+
+
+def test_mse_against_loops():
+    x, y = random64(5, 7), random64(5, 7, seed=1)
+    want = sum((x[i, d] - y[i, d]) ** 2 for i in range(5) for d in range(7)) / 35
+    assert float(msd.mse(x, y)) == pytest.approx(float(want), rel=1e-12)
+    assert is_its_gradient(msd.mse, x, y)
+
+
+def test_cos_matrix_against_loops():
+    x, y = random64(5, 7), random64(3, 7, seed=1)
+    got = msd.cos_matrix(x, y)
+    assert got.shape == (5, 3)
+    assert got.flatten().tolist() == pytest.approx([cosine(a, b) for a in x for b in y], rel=1e-12)
+    assert torch.equal(msd.cos_matrix(x * 0, y), torch.zeros_like(got))  # not nan
+    assert is_its_gradient(msd.cos_matrix, x, y)
+
+
+def plain_contrastive(s, t, teacher):
+    n = range(len(s))
+    gaps = (cosine(s[i], t[j]) - cosine(teacher[i], teacher[j]) for i in n for j in n)
+    return sum(gap**2 for gap in gaps) / len(s) ** 2
+
+
+def test_contrastive_against_loops():
+    s, t, teacher = (random64(5, 7, seed=k) for k in range(3))
+    got = msd.contrastive(s, t, teacher)
+    assert float(got) == pytest.approx(plain_contrastive(s, t, teacher), rel=1e-12)
+    assert is_its_gradient(msd.contrastive, s, t, teacher)
+    assert float(msd.contrastive(s, 3 * s, s)) == pytest.approx(0, abs=1e-12)
+
+
+def plain_stage_loss(stage, s, t, y_s, y_t, contrast=True):
+    """The terms as the paper's table writes them, of vectors (N, H)."""
+    mse = lambda x, y: float((x - y).square().sum()) / x.numel()
+    terms = {"en": mse(s, y_s), "tr": mse(t, y_s if stage in (1, 4) else y_t)}
+    return terms | ({"mcl": plain_contrastive(s, t, y_s)} if stage == 4 and contrast else {})
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_stage_loss_and_its_gradient(stage, gathered):
+    """Every term, and the gradient of their sum, of an encoder that is two tables: one for the
+    whole model, one for the embedding block alone. Gathered: the batch is larger than its share."""
+    whole, block = random64(8, 7), random64(8, 7, seed=1)
+    y_s, y_t = random64(4, 7, seed=2), random64(4, 7, seed=3)
+    mix = random64(4, 4, seed=10) if gathered else torch.eye(4, dtype=torch.float64)
+    gather = (lambda x: mix @ x) if gathered else None
+    ids, mask = torch.arange(8)[:, None], torch.ones(8, 1).bool()
+
+    def terms(whole, block, y_s, y_t, contrast=True):
+        def model(ids, mask, embeddings_only=False):
+            return (block if embeddings_only else whole)[ids[:, 0]]
+
+        return msd.stage_loss(stage, model, ids, mask, y_s, y_t, contrast, gather)
+
+    x = block if stage == 2 else whole
+    for contrast in (True, False):
+        want = plain_stage_loss(stage, mix @ x[:4], mix @ x[4:], y_s, y_t, contrast)
+        got = terms(whole, block, y_s, y_t, contrast)
+        assert list(got) == list(want)
+        assert {k: float(v) for k, v in got.items()} == pytest.approx(want, rel=1e-12)
+    assert list(terms(whole, block, y_s, None if stage in (1, 4) else y_t)) == list(
+        plain_stage_loss(stage, x[:4], x[4:], y_s, y_t)
     )
-    soft = sum((cos(x[i], y[j]) - cos(z[i], z[j])) ** 2 for i in range(5) for j in range(5)) / 25
-    assert float(msd.contrastive(*map(torch.tensor, (x, y, z)))) == pytest.approx(soft, rel=1e-12)
+    total = lambda *given: sum(terms(*given).values())
+    assert is_its_gradient(total, whole, block, y_s, y_t)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
-def test_stage_terms_and_their_gradients(tokenizer, stage):
-    """The terms are those of the paper's table, and each alone moves the weights the stage trains,
-    and no others."""
+def test_stage_loss_moves_what_the_stage_trains(tokenizer, stage):
+    """Of an encoder: both sides in one call are two calls, and each term alone moves the weights
+    that the stage trains, and no others."""
     m = tiny(tokenizer, bottleneck_size=8 if stage > 1 else 0)
     y_s, y_t = torch.randn(3, 32), torch.randn(3, 32)
     terms = msd.stage_loss(stage, m, *batch(m, TEXTS[:6]), y_s, y_t)
-    assert list(terms) == ["en", "tr"] + ["mcl"] * (stage == 4)
-    for name, texts, y in (
-        ("en", TEXTS[:3], y_s),
-        ("tr", TEXTS[3:6], y_t if stage in (2, 3) else y_s),
-    ):
-        alone = msd.mse(m(*batch(m, texts), embeddings_only=stage == 2), y)
-        gap = abs(terms[name] - alone)
-        assert gap < 1e-5 * alone, f"both sides in one call: {name} differs by {gap}"
+    with torch.no_grad():
+        sides = [batch(m, texts) for texts in (TEXTS[:3], TEXTS[3:6])]
+        alone = [m(*side, embeddings_only=stage == 2) for side in sides]
+    want = plain_stage_loss(stage, *alone, y_s, y_t)
+    got = {k: float(v.detach()) for k, v in terms.items()}
+    assert got == pytest.approx(want, rel=1e-5), "both sides in one call differ from two"
     for name, term in terms.items():
         m.zero_grad()
         term.backward(retain_graph=True)
-        moved = {
-            k for k, p in m.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
-        }
+        moved = {k for k, p in m.named_parameters() if p.grad is not None and p.grad.any()}
         assert any(k.startswith("embeddings.word") for k in moved), name
         assert any(k.startswith("layers.3") for k in moved) == (stage != 2), name
-    terms = msd.stage_loss(stage, m, *batch(m, TEXTS[:6]), y_s, y_t, contrast=False)
-    assert list(terms) == ["en", "tr"]
+
+
+def test_stages_are_those_of_the_paper():
+    """Targets, passes, pairs a step, lines of a file, and what is special: not one more mark."""
+    stage = {"per_side": False, "embeddings_only": False, "contrast": False, "extra": False}
+    names = ("title", "targets", "epochs", "batch", "max_lines")
+    rows = (
+        (("teaching assistant", "teacher", 20, 64, 500_000), ()),
+        (("align", "assistant", 10, 128, 300_000), ("per_side", "embeddings_only", "extra")),
+        (("distil", "assistant", 10, 64, 300_000), ("per_side", "extra")),
+        (("multilingual contrastive learning", "teacher", 60, 64, 500_000), ("contrast",)),
+    )
+    want = [stage | dict(zip(names, row)) | dict.fromkeys(marks, True) for row, marks in rows]
+    assert [*msd.STAGES] == [1, 2, 3, 4] and [*map(vars, msd.STAGES.values())] == want
 
 
 @pytest.mark.parametrize("kind", PARITY)
-def test_parity_with_the_authors(kind, tmp_path):
+def test_stage_loss_equals_the_authors(kind, tmp_path):
     """Embeddings, every loss term and every gradient of the authors' code, through this project's
     public functions."""
     root = SHARED / "parity" / kind
@@ -277,109 +409,244 @@ def losses_and_gradients_are(want, stage, key, m, source, both, pad_row_frozen):
             assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), (key, name)
 
 
-def test_presets_and_schedule():
-    """The authors' configuration, literally, but the bottleneck's start; warm-up over 10 % of the
-    steps, then linear to 0."""
-    for name, sizes, lr, batches in (
-        ("xlmr", (128, (1, 2, 3), 4), (16e-5, 16e-5, 8e-5, 16e-5), (64, 128, 64, 64)),
-        ("minilm", (128, (1, 2, 3, 4, 5, 6), 2), (16e-5,) * 4, (64, 256, 64, 64)),
-    ):
-        p = msd.PRESETS[name]
-        assert (
-            (p.bottleneck, p.layers, p.recurrence) == sizes
-            and p.lr == lr
-            and p.batch == batches
-            and p.epochs == (20, 10, 10, 60)
-        )
-        assert (
-            p.init == "text"
-            and (p.max_tokens, p.max_chars, msd.WEIGHT_DECAY, msd.CLIP, msd.WARMUP)
-            == (128, 250, 0.01, 1.0, 0.1)
-            and p.max_lines == (500_000, 300_000, 300_000, 500_000)
-        )
-    for p in msd.PRESETS.values():  # a fifth stage is a fifth value everywhere
-        schedule = (p.lr, p.batch, p.epochs, p.max_lines)
-        assert [len(values) for values in schedule] == [len(msd.STAGES)] * 4
-    data_flags = ["--train", "x", "--teacher", "y"]
-    assert train.parse(["--preset", "xlmr", "--bottleneck", "0", *data_flags]).lr == (16e-5,) * 4
-    rates = [train.rate_at(s, 100) for s in range(100)]
-    assert (
-        rates[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11])
-        and rates[10] == 1
-        and rates[55] == 0.5
-        and rates[99] == pytest.approx(1 / 90)
-    )
+def test_presets_are_the_papers():
+    """The authors' configuration, literally, but the bottleneck's start."""
+    xlmr, minilm, demo_ = (vars(msd.PRESETS[k]) for k in ("xlmr", "minilm", "demo"))
+    usual = {
+        "epochs": (20, 10, 10, 60),
+        "max_lines": (500_000, 300_000, 300_000, 500_000),
+        "init": "text",
+        "dropout": 0.1,
+        "max_tokens": 128,
+        "max_chars": 250,
+        "vocab": 32_000,
+        "bottleneck": 128,
+    }
+    assert xlmr == usual | {
+        "layers": (1, 2, 3),
+        "recurrence": 4,
+        "lr": (16e-5, 16e-5, 8e-5, 16e-5),
+        "batch": (64, 128, 64, 64),
+    }
+    assert minilm == usual | {
+        "layers": (1, 2, 3, 4, 5, 6),
+        "recurrence": 2,
+        "lr": (16e-5,) * 4,
+        "batch": (64, 256, 64, 64),
+    }
+    assert demo_ == usual | {  # sized to train in minutes; see results/
+        "bottleneck": 12,
+        "layers": (1, 2),
+        "recurrence": 2,
+        "lr": (2e-3, 4e-3, 2e-3, 2e-3),
+        "batch": (64, 128, 64, 64),
+        "epochs": (0.25, 1, 0.12, 0.18),
+        "dropout": 0,
+        "vocab": 4000,
+    }
+    assert (msd.WARMUP, msd.WEIGHT_DECAY, msd.ADAM_EPS, msd.CLIP) == (0.1, 0.01, 1e-6, 1.0)
+    for name in ("lr", "batch", "epochs", "max_lines"):  # a fifth stage is a fifth value
+        with pytest.raises(M.InputError, match=f"{name}=.*: expected 4 values, one a stage"):
+            replace(msd.PRESETS["demo"], **{name: (1,) * 5})
+
+
+def test_parse_fills_in_the_preset():
+    flags = ["--train", "x", "--teacher", "y"]
+    for name, p in msd.PRESETS.items():
+        args = train.parse(["--preset", name, *flags])
+        assert {k: getattr(args, k) for k in vars(p)} == vars(p)
+        assert (args.stages, args.seed, args.no_contrast) == ([1, 2, 3, 4], 0, False)
+    assert train.parse(flags).preset == "minilm" and train.parse([]).preset == "demo"
+    given = "--lr 1,2,3,4 --batch 7 --epochs 0.5 --layers 2,4 --recurrence 5 --dropout 0".split()
+    args = train.parse(["--preset", "xlmr", *flags, *given])
+    assert (args.lr, args.batch, args.epochs) == ((1, 2, 3, 4), (7,) * 4, (0.5,) * 4)
+    assert (args.layers, args.recurrence, args.dropout) == ((2, 4), 5, 0)
+    full = train.parse(["--preset", "xlmr", "--bottleneck", "0", *flags])
+    assert (full.stages, full.lr) == ([1, 3, 4], (16e-5,) * 4)  # only with one is stage 3's halved
+    own = ["--preset", "xlmr", "--bottleneck", "0", "--lr", "1,2,3,4", *flags]
+    assert train.parse(own).lr == (1, 2, 3, 4)
 
 
 # -------------------------------------------------------- msd: how a student and an assistant begin
-def test_student_start(tokenizer):
-    A = tiny(tokenizer)
-    S = msd.make_student(A, 8, (1, 2), 3)
-    assert (S.config.bottleneck_size, S.config.num_hidden_layers, S.config.recurrence) == (8, 2, 3)
-    for l in range(2):
-        assert all(
-            torch.equal(a, b) for a, b in zip(S.layers[l].parameters(), A.layers[l].parameters())
-        )
-    E = A.embeddings.word.weight.detach()
-    U, s, Vt = torch.linalg.svd(E, full_matrices=False)
-    ours = (S.embeddings.word.weight @ S.embeddings.project.weight.T - E).norm()
-    assert ours.item() == pytest.approx(
-        float(s[8:].norm()), rel=1e-4
-    )  # Eckart-Young: nothing is closer
-    counts = 10000 // np.arange(1, len(E) + 1)
-    W, root = (
-        msd.make_student(A, 8, (1, 2), 3, counts=counts),
-        torch.tensor(counts)[:, None] ** (3 / 8),
+def same(one, two):
+    """Have two modules the same weights, to the bit?"""
+    a, b = one.state_dict(), two.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_init_weights_by_hand(tokenizer):
+    """Normal(0, std) in matrices and tables, from the generator alone; LayerNorm at identity,
+    biases and the pad row at 0."""
+    new = lambda seed, *std: msd.init_weights(
+        M.Encoder(tiny(tokenizer, pad_token_id=7).config, tokenizer),
+        torch.Generator().manual_seed(seed),
+        *std,
     )
-    tail = torch.linalg.svdvals(root * E)[8:].norm()  # the same, rows weighted by count ** 3/4
-    assert (
-        root * (W.embeddings.word.weight @ W.embeddings.project.weight.T - E)
-    ).norm().item() == pytest.approx(float(tail), rel=1e-4)
-    assert (
-        root * (S.embeddings.word.weight @ S.embeddings.project.weight.T - E)
-    ).norm() > 1.01 * tail
-    for part in ("position", "token_type", "norm"):
-        assert torch.equal(getattr(S.embeddings, part).weight, getattr(A.embeddings, part).weight)
-    noise = msd.make_student(A, 8, (1, 2), 3, init="paper")
-    assert not torch.equal(
-        noise.embeddings.position.weight, A.embeddings.position.weight
-    ) and torch.all(noise.embeddings.norm.weight == 1)
+    m, count = new(0), 0
+    for name, p in m.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif "norm" in name:
+            assert (p == 1).all(), name
+        elif p.numel() > 1000:
+            assert 0.018 < p.std() < 0.022 and abs(p.mean()) < 0.003, name
+            count += 1
+    assert count == 18
+    assert not m.embeddings.word.weight[7].any() and m.embeddings.word.weight[1].any()
+    torch.manual_seed(5)
+    assert same(m, new(0)) and not same(m, new(1))
+    assert 0.27 < new(0, 0.3).layers[0].up.weight.std() < 0.33
+
+
+def test_make_student_copies_its_layers(tokenizer):
+    """In the paper the first K, else those by number, from 1; whatever the start; and the Dense
+    module. A run of the layers is that of the assistant's."""
+    A = rough(tiny(tokenizer, dense=((24, "tanh", True),), type_vocab_size=2, hidden_act="relu"))
+    for layers in ((1, 2), (1, 4), (4, 2), (3,)):
+        for how in ({}, {"init": "paper"}, {"B": 0}):
+            S = msd.make_student(A, **{"B": 8, "layers": layers, "R": 3, **how})
+            want = replace(A.config, num_hidden_layers=len(layers), recurrence=3)
+            assert S.config == replace(want, bottleneck_size=how.get("B", 8))
+            assert all(
+                same(mine, A.layers[k - 1]) for mine, k in zip(S.layers, layers, strict=True)
+            )
+            assert same(S.dense, A.dense) and S.tokenizer is A.tokenizer
     full = msd.make_student(A, 0, (1, 2, 3, 4), 1)
-    assert np.abs(full.encode(TEXTS) - A.encode(TEXTS)).max() < 1e-6
-    chosen = msd.make_student(A, 8, (1, 4), 3)  # not the paper's: which layers, by number
-    for mine, k in zip(chosen.layers, (0, 3), strict=True):
-        assert all(map(torch.equal, mine.parameters(), A.layers[k].parameters()))
-    for bad in ((8, (1, 5), 1), (32, (1,), 1), (8, (), 1), (8, (0,), 1), (8, (1, 2), 0)):
-        with pytest.raises(M.InputError):
-            msd.make_student(A, *bad)
+    assert same(full, A) and np.array_equal(full.encode(TEXTS), A.encode(TEXTS))
+    for q in full.parameters():
+        q.data.fill_(0)
+    assert all(q.any() for q in A.parameters())  # copied, not shared
+
+
+def test_make_student_starts_the_bottleneck_from_the_table(tokenizer):
+    """Nothing of rank B is closer to the assistant's word table, rows weighted by count ** 3/4, or
+    alike without counts; the map's columns are orthonormal; all else of the block is copied."""
+    A = rough(tiny(tokenizer))
+    E = A.embeddings.word.weight.detach()
+    counts = 10000 // np.arange(1, len(E) + 1)
+    table = lambda S: S.embeddings.word.weight @ S.embeddings.project.weight.T
+    for given, weight in ((None, np.ones(len(E))), (counts, counts**0.75)):
+        S = msd.make_student(A, 8, (1, 2), 3, counts=given)
+        root = torch.tensor(weight**0.5, dtype=torch.float32)[:, None]
+        tail = torch.linalg.svdvals(root * E)[8:].norm()  # Eckart and Young
+        gap = (root * (table(S) - E)).norm()
+        assert float(gap.detach()) == pytest.approx(float(tail), rel=1e-4)
+        P = S.embeddings.project.weight.detach()
+        assert torch.allclose(P.T @ P, torch.eye(8), atol=1e-5)
+        for part in ("position", "token_type", "norm"):
+            assert same(getattr(S.embeddings, part), getattr(A.embeddings, part))
+    plain = msd.make_student(A, 8, (1, 2), 3)
+    assert (root * (table(plain) - E)).norm() > 1.01 * tail
+
+
+def test_make_student_starts_from_noise_as_the_paper(tokenizer):
+    """The whole embedding block, by the seed alone; never the layers."""
+    A = tiny(tokenizer)
+    one, two, other = (msd.make_student(A, 8, (1, 2), 3, "paper", seed) for seed in (4, 4, 5))
+    assert same(one, two) and not same(one, other)
+    assert same(
+        msd.make_student(A, 8, (1,), 1, "paper"), msd.make_student(A, 8, (1,), 1, "paper", 0)
+    )
+    e = one.embeddings
+    for part in (e.word, e.project, e.position):
+        assert 0.017 < part.weight.std() < 0.023
+    assert not torch.equal(e.token_type.weight, A.embeddings.token_type.weight)
+    assert (e.norm.weight == 1).all() and not e.norm.bias.any() and not e.word.weight[1].any()
+    full = msd.make_student(A, 0, (1, 2), 3, "paper")  # without a bottleneck there is no noise
+    assert same(full.embeddings, A.embeddings)
+
+
+def test_check_sizes_at_their_bounds(tokenizer):
+    c = tiny(tokenizer).config
+    for good in ((8, (1, 4), 1), (31, (1,), 1), (0, (4,), 9)):
+        msd.check_sizes(c, *good)
+    with_one = replace(c, bottleneck_size=8)
+    bad = (
+        (c, 8, (1, 5), 1, "--layers 5: expected 1 to 4"),
+        (c, 8, (0, 1), 1, "--layers 1: expected 1 to 4"),
+        (c, 8, (), 1, "--layers 0: expected 1 to 4"),
+        (
+            c,
+            32,
+            (1,),
+            1,
+            "--bottleneck 32: expected 0, for none, or up to 31, as hidden_size is 32",
+        ),
+        (c, -1, (1,), 1, "--bottleneck -1: expected"),
+        (c, 8, (1, 2), 0, "--recurrence 0: expected 1 or more"),
+        (with_one, 8, (1,), 1, "a model with a bottleneck is no assistant"),
+    )
+    for *given, message in bad:
+        with pytest.raises(M.InputError, match=message):
+            msd.check_sizes(*given)
+
+
+def test_principal_directions_of_a_large_table():
+    """Summed piece by piece: each row keeps its own weight."""
+    E, counts = random64(40_000, 6).float(), np.arange(40_000) ** 2
+    P = msd.principal_directions(E, 2, counts).double()
+    root = torch.from_numpy(counts**0.375)[:, None]
+    want = torch.linalg.svd(root * E.double(), full_matrices=False)[2][:2]
+    assert torch.allclose((want @ P).svd()[1], torch.ones(2, dtype=torch.float64), atol=1e-6)
+
+
+def test_principal_directions_of_a_damaged_table():
+    with pytest.raises(M.InputError, match="word table is damaged: it is not finite"):
+        msd.principal_directions(torch.full((9, 4), math.nan), 2)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
-def test_new_vocabulary_starts_from_the_teachers_pieces(tokenizer, model_type):
-    T = tiny(tokenizer, model_type=model_type)
-    new = data.train_tokenizer(
-        ["a man reads a book", "ein Mann liest ein Buch"] * 3, 120, lower_case=True
-    )
+def test_make_assistant_starts_pieces_from_the_teachers(tokenizer, model_type):
+    """Each at the mean of the teacher's pieces for its text, with the space before it; special
+    tokens at the teacher's, the pad row at 0; the body is the teacher's."""
+    own = tokenizer
+    if model_type == "bert":  # whose special tokens have names of their own, and no piece for " "
+        names = {"<s>": "[CLS]", "<pad>": "[PAD]", "</s>": "[SEP]", "<unk>": "[UNK]"}
+        raw = library_tokenizer("WordPiece", TEXTS).to_str()
+        raw = re.sub("<s>|<pad>|</s>|<unk>", lambda m: names[m[0]], raw)
+        own = tokenizers.Tokenizer.from_str(raw)
+    T = rough(tiny(own, model_type=model_type, normalize=True, prompt="q: "))
+    T.embeddings.word.weight.data[1] = 5.0
+    texts = ["a man reads a book", "ein Mann liest ein Buch", "Q"] * 3
+    new = data.train_tokenizer(texts, 120, lower_case=False)
     A = msd.make_assistant(T, new)
-    piece = next(
-        p
-        for p in new.get_vocab()
-        if p.startswith("▁") and len(T.tokenizer.encode(p[1:], add_special_tokens=False).ids) > 1
-    )
-    ids = T.tokenizer.encode(piece[1:], add_special_tokens=False).ids
-    assert torch.allclose(
-        A.embeddings.word.weight[new.token_to_id(piece)],
-        T.embeddings.word.weight[ids].mean(0),
-        atol=1e-6,
-    )
-    assert torch.equal(A.embeddings.word.weight[1], torch.zeros(32))
-    assert torch.equal(A.embeddings.position.weight, T.embeddings.position.weight)
-    assert A.config.first_position == T.config.first_position  # read where the teacher read them
+    rows, word = A.embeddings.word.weight, T.embeddings.word.weight
+    several = alone = 0
+    for piece, i in new.get_vocab().items():
+        if piece in data.SPECIAL:
+            continue
+        text = piece.replace("▁", " ")
+        ids = T.tokenizer.encode(text, add_special_tokens=False).ids
+        several += len(ids) > 1
+        alone += not ids
+        want = word[ids].mean(0) if ids else word.mean(0)
+        assert torch.allclose(rows[i], want, atol=1e-6), piece
+    assert several > 3 and (alone > 0) == (model_type == "bert")
+    start, *_, end = T.tokenizer.encode("").ids
+    for name, i in (("<s>", start), ("</s>", end), ("<unk>", 3)):
+        assert torch.equal(rows[new.token_to_id(name)], word[i])
+    assert torch.equal(rows[1], torch.zeros(32))
+    for part in ("position", "token_type", "norm"):
+        assert same(getattr(A.embeddings, part), getattr(T.embeddings, part))
+    assert same(A.layers, T.layers)
+    usual = {"vocab_size": new.get_vocab_size(), "normalize": False, "prompt": ""}
+    assert A.config == replace(T.config, **usual)  # and so positions are read where T reads them
 
 
-def test_word_alignment_against_loops():
+def test_make_assistant_refuses_to_move_what_counts_positions(tokenizer):
+    T = tiny(pad_at(tokenizer, 7), model_type="roberta", pad_token_id=7)
+    with pytest.raises(M.InputError, match="the pad token would move from id 7 to 1, and with it"):
+        msd.make_assistant(T, tokenizer)
+    read = "bert".encode().decode()  # equal to "bert", as a file's, but not the same object
+    T = tiny(pad_at(tokenizer, 7), pad_token_id=7, model_type=read)
+    bert = msd.make_assistant(T, tokenizer)
+    assert bert.config.pad_token_id == 1 and not bert.embeddings.word.weight[1].any()
+
+
+def test_align_against_loops():
     """IBM Model 1 as in a textbook: t(f | e) from dictionaries, one link at a time."""
-    english, foreign = [[7, 8], [7, 9], [9], [8, 8, 7]], [[1, 2], [1, 3], [3, 3], [2, 1]]
+    english = [[7, 8], [7, 9], [], [9], [8, 8, 7], [0, 7]]
+    foreign = [[1, 2], [1, 3], [5, 6], [3, 3, 3], [2, 1], []]
     t = {(f, e): 1.0 for es, fs in zip(english, foreign) for e in es for f in fs}
     for _ in range(5):
         count = dict.fromkeys(t, 0.0)
@@ -395,54 +662,52 @@ def test_word_alignment_against_loops():
         return np.concatenate(rows).astype(np.uint32), np.cumsum([0, *map(len, rows)])
 
     f, e, n = msd.align(*flat(english), *flat(foreign))
-    assert {(int(a), int(b)): pytest.approx(c) for a, b, c in zip(f, e, n)} == count
-    assert count[1, 7] > 2 * count[1, 9] and n.sum() == pytest.approx(sum(map(len, foreign)))
-    short = msd.align(*flat(english), *flat(foreign), longest=4)  # the last pair has six links
-    assert short[2].sum() == pytest.approx(6)
+    assert {(f, e): pytest.approx(n) for f, e, n in zip(f.tolist(), e.tolist(), n)} == count
+    assert f.dtype == e.dtype == np.int64
+    assert count[1, 7] > 2 * count[1, 9] and n.sum() == pytest.approx(9)  # foreign words with links
+    for longest, words in ((6, 9), (5, 7), (4, 7), (3, 3)):  # the pairs have 4, 4, 3 and 6 links
+        fewer = msd.align(*flat(english), *flat(foreign), longest=longest)
+        assert fewer[2].sum() == pytest.approx(words)
+    many = [[7] * 10], [[1] * 20], [[1] * 21]  # 200 links count, 210 do not
+    assert [len(msd.align(*flat(many[0]), *flat(f))[0]) for f in many[1:]] == [1, 0]
     assert all(len(x) == 0 for x in msd.align(*flat([]), *flat([])))
 
 
-def test_new_vocabulary_learns_translations(tokenizer):
+def test_make_assistant_learns_translations(tokenizer):
     """A word of another language starts at the row of the English word it stands for, one of both
-    at the mean of the two."""
-    T = tiny(tokenizer)
-    text = [
-        ("man", "mann"),
-        ("man two", "mann boy"),
-        ("two", "boy"),
-        ("two", "boy"),
-        ("boy", "zon"),
-        ("man", "猫"),
-    ]
+    at the mean of the two: each piece at the mean of its spelling, by its uses in English, and of
+    what it translates, by links."""
+    T = rough(tiny(tokenizer))
+    text = [("man", "mann"), ("man two", "mann boy"), ("two", "boy")]
+    text += [("two", "boy"), ("boy", "zon"), ("man", "猫")]
     new = data.train_tokenizer([x for pair in text[:-1] * 20 for x in pair], 60, lower_case=True)
-    A = msd.make_assistant(T, new, *zip(*text))
-    plain = msd.make_assistant(T, new).embeddings.word.weight
-
-    def row(word):
-        ids = T.tokenizer.encode(word, add_special_tokens=False).ids
-        return T.embeddings.word.weight[ids].mean(0)
-
-    got = {
-        w: A.embeddings.word.weight[new.token_to_id("▁" + w)]
-        for w in ("man", "mann", "two", "boy", "zon")
-    }
+    english, foreign = zip(*text)
+    A = msd.make_assistant(T, new, english, foreign)
+    rows, word = A.embeddings.word.weight, T.embeddings.word.weight
+    links = [x.tolist() for x in msd.align(*T.tokenize(english, ""), *A.tokenize(foreign))]
+    uses = [i for t in english for i in new.encode(t).ids]
+    for piece, i in new.get_vocab().items():
+        if piece in data.SPECIAL:
+            continue
+        spelling = T.tokenizer.encode(piece.replace("▁", " "), add_special_tokens=False).ids
+        use = max(uses.count(i), 1e-6)
+        parts = [(use / len(spelling), k) for k in spelling]
+        parts += [(n, e) for f, e, n in zip(*links) if f == i]
+        want = sum(n * word[k] for n, k in parts) / sum(n for n, _ in parts)
+        assert torch.allclose(rows[i], want, atol=1e-5), piece
+    row = lambda w: word[T.tokenizer.encode(w, add_special_tokens=False).ids].mean(0)
     near = lambda a, b: float(torch.nn.functional.cosine_similarity(a, b, 0).detach())
-    assert torch.allclose(got["man"], row("man"), atol=1e-5)
-    assert torch.allclose(got["zon"], row("boy"), atol=1e-5)
+    got = {w: rows[new.token_to_id("▁" + w)] for w in ("mann", "boy")}
     assert near(got["mann"], row("man")) > 0.95
-    both = (
-        3 * row("two") + row("boy")
-    ) / 4  # three times a translation of two, once English itself
+    both = (3 * row("two") + row("boy")) / 4  # three times a translation, once English itself
     assert near(got["boy"], both) > 0.95 > near(got["boy"], row("boy"))
-    for name in data.SPECIAL:
-        assert torch.equal(
-            A.embeddings.word.weight[new.token_to_id(name)], plain[new.token_to_id(name)]
-        )
+    plain = msd.make_assistant(T, new).embeddings.word.weight
+    assert all(torch.equal(rows[i], plain[i]) for i in map(new.token_to_id, data.SPECIAL))
     assert 3 in new.encode("猫").ids  # a character that the vocabulary lacks moves no special row
 
 
 # ------------------------------------------------------------------------ model: files, safetensors
-def test_safetensors_golden_bytes(tmp_path):
+def test_write_safetensors_golden_bytes(tmp_path):
     file = tmp_path / "x.safetensors"
     M.write_safetensors(
         file,
@@ -474,32 +739,26 @@ def test_safetensors_golden_bytes(tmp_path):
 
 
 # ------------------------------------------------------------------------------- model: the encoder
-def plain_encode(m, text, layers=True):
+def plain_encode(m, text, layers=True, drop=1.0):
     """One sentence through the encoder, in numpy loops: no batch, no SDPA, no fused projection,
-    float64."""
+    float64. drop: by what a dropout that lets all through multiplies, wherever there is one."""
     w = {k: v.double().numpy() for k, v in M.to_hf(m.state_dict()).items()}
     c, E = m.config, "embeddings."
-    ids = m.tokenizer.encode(text.strip()).ids
-    norm = lambda x, n: (
-        (x - x.mean()) / math.sqrt(x.var() + c.layer_norm_eps) * w[n + ".weight"] + w[n + ".bias"]
-    )
+
+    def norm(x, n):
+        x = (x - x.mean()) / math.sqrt(x.var() + c.layer_norm_eps)
+        return x * w[n + ".weight"] + w[n + ".bias"]
 
     def dense(x, n):
         return w[n + ".weight"] @ x + w[n + ".bias"]
 
     xs = []
-    for t, i in enumerate(ids):
+    for t, i in enumerate(m.tokenizer.encode(text.strip()).ids):
         word = w[E + "word_embeddings.weight"][i]
         word = w[E + "word_embeddings_2.weight"] @ word if c.bottleneck_size else word
         position = t if c.model_type == "bert" else c.pad_token_id + 1 + t
-        xs.append(
-            norm(
-                word
-                + w[E + "position_embeddings.weight"][position]
-                + w[E + "token_type_embeddings.weight"][0],
-                E + "LayerNorm",
-            )
-        )
+        x = word + w[E + "position_embeddings.weight"][position]
+        xs.append(drop * norm(x + w[E + "token_type_embeddings.weight"][0], E + "LayerNorm"))
     for l in [k for _ in range(c.recurrence) for k in range(c.num_hidden_layers)] * layers:
         p, d = f"encoder.layer.{l}.", c.hidden_size // c.num_attention_heads
         q, k, v = (
@@ -508,75 +767,113 @@ def plain_encode(m, text, layers=True):
         out = []
         for t, x in enumerate(xs):
             heads = []
-            for h in range(c.num_attention_heads):
-                part = slice(h * d, h * d + d)
+            for part in (slice(h * d, h * d + d) for h in range(c.num_attention_heads)):
                 a = np.exp([q[t][part] @ k[u][part] / math.sqrt(d) for u in range(len(xs))])
-                heads.append(sum(a[u] / a.sum() * v[u][part] for u in range(len(xs))))
-            x = norm(
-                x + dense(np.concatenate(heads), p + "attention.output.dense"),
-                p + "attention.output.LayerNorm",
-            )
+                heads.append(sum(drop * a[u] / a.sum() * v[u][part] for u in range(len(xs))))
+            attention = dense(np.concatenate(heads), p + "attention.output.dense")
+            x = norm(x + drop * attention, p + "attention.output.LayerNorm")
             up = dense(x, p + "intermediate.dense")
             up = np.array([z * 0.5 * (1 + math.erf(z / math.sqrt(2))) for z in up])
-            out.append(norm(x + dense(up, p + "output.dense"), p + "output.LayerNorm"))
+            out.append(norm(x + drop * dense(up, p + "output.dense"), p + "output.LayerNorm"))
         xs = out
     if layers and c.pooling == "cls":
         return xs[0]
     return sum(xs) / len(xs)  # of the embedding block whatever the pooling: <s> is always the same
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"bottleneck_size": 8},
-        {"num_hidden_layers": 2, "recurrence": 3},
-        {"model_type": "xlm-roberta", "layer_norm_eps": 1e-5},
-        {"pooling": "cls", "bottleneck_size": 8},
-    ],
-    ids=str,
-)
-def test_encoder_against_plain_loops(tokenizer, changes):
-    m = tiny(tokenizer, **changes)
+LAYOUTS = [
+    {},
+    {"bottleneck_size": 8},
+    {"num_hidden_layers": 2, "recurrence": 3},
+    {"model_type": "xlm-roberta", "layer_norm_eps": 1e-2},
+    {"pooling": "cls", "bottleneck_size": 8},
+    {"pad_token_id": 7, "model_type": "roberta", "bottleneck_size": 8, "recurrence": 2},
+    {"pad_token_id": 7, "num_attention_heads": 8, "layer_norm_eps": 1e-2},
+]
+
+
+@pytest.mark.parametrize("changes", LAYOUTS, ids=str)
+def test_forward_against_plain_loops(tokenizer, changes, monkeypatch):
+    """Batches of the paper's layout, whole and embedding block alone: in inference, in training
+    without dropout, and with one in each of its places."""
+    m = rough(tiny(pad_at(tokenizer, changes.get("pad_token_id", 1)), **changes))
+    texts = TEXTS[:5]
     for layers in (True, False):
-        want = np.stack([plain_encode(m, t, layers) for t in TEXTS[:5]])
-        got = m.embed(*m.tokenize(TEXTS[:5]), embeddings_only=not layers)
-        assert np.abs(got - want).max() < 1e-5
+        want = np.stack([plain_encode(m, t, layers) for t in texts])
+        assert apart(m.embed(*m.tokenize(texts), embeddings_only=not layers), want) < 1e-5
         with torch.enable_grad():  # the training path: attention as two products
-            assert (
-                np.abs(
-                    m(*batch(m, TEXTS[:5]), embeddings_only=not layers).detach().numpy() - want
-                ).max()
-                < 1e-5
-            )
+            got = m(*batch(m, texts), embeddings_only=not layers)
+        assert apart(got.detach(), want) < 1e-5
+
+    def no_loss(x, p=0.5, training=True, inplace=False):
+        assert p in (0, 0.25) and (p == 0.25 or not training)
+        return x / (1 - p) if training else x
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", no_loss)
+    m.config = replace(m.config, dropout=0.25)
+    for part in m.modules():
+        if hasattr(part, "config"):
+            part.config = m.config
+    for training in (True, False):
+        m.train(training)
+        drop = 1 / 0.75 if training else 1.0
+        for layers in (True, False):
+            want = np.stack([plain_encode(m, t, layers, drop) for t in texts[:3]])
+            got = m(*batch(m, texts[:3]), embeddings_only=not layers).detach()
+            assert apart(got, want) < 1e-5, f"dropout in training: {training}"
 
 
-def test_recurrence_is_the_cycle_order(tokenizer):
-    """K layers, R times, equal an unrolled stack 1..K, 1..K, and not 1..1, 2..2."""
-    m = tiny(tokenizer, num_hidden_layers=2, recurrence=2)
-    long = tiny(tokenizer, num_hidden_layers=4)
-    for order, same in (([0, 1, 0, 1], True), ([0, 0, 1, 1], False)):
-        long.load_state_dict(
-            {
-                **m.state_dict(),
-                **{
-                    f"layers.{i}.{k}": v
-                    for i, l in enumerate(order)
-                    for k, v in m.layers[l].state_dict().items()
-                },
-            }
-        )
-        assert np.allclose(long.encode(TEXTS), m.encode(TEXTS), atol=1e-6) == same
+def test_forward_gives_sdpa_mask_and_dropout(tokenizer, monkeypatch):
+    """Where attention is torch's own, as in inference on long texts, or on a GPU."""
+    m, given = tiny(tokenizer, dropout=0.25, max_position_embeddings=200), []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, dropout_p=0.0):
+        given.append(dropout_p)
+        return real(q, k, v, attn_mask, dropout_p)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    ids, mask = torch.randint(4, 400, (2, 128)), torch.arange(128) < torch.tensor([[128], [50]])
+    with torch.no_grad():
+        for training in (True, False):
+            long = m.train(training)(ids, mask)
+            m(ids[:, :127], mask[:, :127])  # shorter: two products
+    assert given == [0.25] * 4 + [0.0] * 4
+    assert apart(long, m(ids, mask).detach()) < 1e-5, "SDPA differs from two products"
 
 
-def test_bottleneck_shape(tokenizer):
+def test_forward_adds_dense_after_pooling(tokenizer):
+    m = tiny(tokenizer, dense=((24, "tanh", True), (5, "identity", False)), pooling="max")
+    ids, mask = batch(m, TEXTS[:4])
+    x = M.pool(m.hidden(ids, mask), mask, "max").double()
+    one, two = (part.linear for part in m.dense)
+    x = torch.tanh(x @ one.weight.double().T + one.bias.double()) @ two.weight.double().T
+    assert apart(m(ids, mask).detach(), x.detach()) < 1e-5 and two.bias is None
+    assert m.config.width == 5 and m(ids, mask, embeddings_only=True).shape == (4, 32)
+
+
+def test_hidden_is_the_cycle_order(tokenizer):
+    """K layers, R times, are 1..K, 1..K, not 1..1, 2..2 nor K..1."""
+    m = rough(tiny(tokenizer, num_hidden_layers=2, recurrence=2))
+    ids, mask = batch(m, TEXTS[:1])
+    for order, is_it in (([0, 1, 0, 1], True), ([0, 0, 1, 1], False), ([1, 0, 1, 0], False)):
+        x = m.embeddings(ids, torch.float32)
+        assert torch.equal(m.hidden(ids, mask, embeddings_only=True), x)
+        for i in order:
+            x = m.layers[i](x, None)
+        assert torch.allclose(m.hidden(ids, mask), x, atol=1e-6) == is_it
+
+
+def test_embeddings_have_the_bottlenecks_shape(tokenizer):
     m = tiny(tokenizer, bottleneck_size=8)
     assert m.embeddings.word.weight.shape == (tokenizer.get_vocab_size(), 8)
     assert m.embeddings.project.weight.shape == (32, 8) and m.embeddings.project.bias is None
+    assert tiny(tokenizer).embeddings.project is None
 
 
-def test_poolings(tokenizer):
+def test_pool_over_real_tokens():
     x, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    x[1, 2:] = 100  # what stands at pads does not count
     rows = [x[0], x[1, :2]]
     for how, f in (
         ("mean", lambda r: r.mean(0)),
@@ -584,13 +881,60 @@ def test_poolings(tokenizer):
         ("max", lambda r: r.max(0)[0]),
         ("mean_sqrt_len", lambda r: r.sum(0) / len(r) ** 0.5),
     ):
-        assert torch.allclose(M.pool(x, mask, how), torch.stack([f(r) for r in rows]), atol=1e-6), (
-            how
-        )
+        want = torch.stack([f(r) for r in rows])
+        assert torch.allclose(M.pool(x, mask, how), want, atol=1e-6), how
+        assert M.pool(x.bfloat16(), mask, how).dtype == torch.float32
+    assert not M.pool(x, mask & False, "mean").any()  # no token, no nan
+
+
+def test_batch_pads_and_masks(tokenizer):
+    """Rows of a token store, as long as the longest, the model's own pad id behind them."""
+    m = tiny(pad_at(tokenizer, 7), pad_token_id=7)
+    flat, starts = np.arange(10, 19, dtype=np.uint32), np.array([0, 2, 5, 9])
+    ids, mask = m.batch(flat, starts, np.array([2, 0]))
+    assert ids.tolist() == [[15, 16, 17, 18], [10, 11, 7, 7]]
+    assert mask.tolist() == [[True] * 4, [True, True, False, False]]
+
+
+def test_narrow_by_hand(tokenizer):
+    """int8: each row of a matrix in 127 steps of its largest value; biases stay float32. float16
+    and float32: all of it."""
+    w = torch.tensor([[1.0, -0.5, 0.26], [-4.0, 0.0, 2.1], [0.0, 0.0, 0.0]])
+    tensors = {"a.weight": w, "a.bias": torch.tensor([0.1, 0.2, 0.3])}
+    got = narrow(tensors, "int8")
+    assert set(got) == {"a.weight", "a.scale", "a.bias"}
+    assert got["a.weight"].dtype == torch.int8 and got["a.scale"].dtype == torch.float32
+    want = [[127, round(-63.5), round(33.02)], [-127, 0, round(66.675)], [0, 0, 0]]
+    assert got["a.weight"].tolist() == want
+    assert got["a.scale"][:2].tolist() == pytest.approx([1 / 127, 4 / 127]) and got["a.scale"].all()
+    assert torch.equal(got["a.bias"], tensors["a.bias"])
+    back = got["a.weight"] * got["a.scale"][:, None]
+    assert ((back - w).abs().amax(1) <= w.abs().amax(1) / 254 + 1e-9).all()
+    for kind in (torch.float16, torch.float32):
+        half = narrow(tensors, str(kind).removeprefix("torch."))
+        assert all(torch.equal(v, tensors[k].to(kind)) for k, v in half.items())
+
+
+def test_load_of_int8_and_float16_gives_what_the_file_says(tokenizer, tmp_path):
+    """Tables and maps: the vectors are those of the weights in the file, widened."""
+    m = tiny(tokenizer, bottleneck_size=8, dense=((24, "tanh", True),))
+    for kind in ("int8", "float16"):
+        tensors = narrow(m.state_dict(), kind)
+        for k in [k for k in tensors if k.endswith(".scale")]:
+            scale = tensors.pop(k)
+            name = k.removesuffix("scale") + "weight"
+            tensors[name] = tensors[name].float() * scale[:, None]
+        wide = tiny(tokenizer, bottleneck_size=8, dense=((24, "tanh", True),))
+        wide.load_state_dict({k: v.float() for k, v in tensors.items()})
+        m.save(tmp_path / kind, narrow(m.state_dict(), kind))
+        back = M.load(tmp_path / kind, "float32")
+        assert apart(back.encode(TEXTS), wide.encode(TEXTS)) < 1e-5, kind
+        assert apart(wide.encode(TEXTS), m.encode(TEXTS)) > 1e-4
+        assert back.int8 == (kind == "int8")
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
-def test_padding_batch_size_and_order_change_nothing(tokenizer, model_type):
+def test_encode_is_free_of_padding_batch_size_and_order(tokenizer, model_type):
     m = tiny(tokenizer, model_type=model_type)
     alone = np.concatenate([m.encode([t]) for t in TEXTS])
     for vectors in (
@@ -603,7 +947,7 @@ def test_padding_batch_size_and_order_change_nothing(tokenizer, model_type):
     assert m.encode([]).shape == (0, 32) and m.encode(TEXTS).dtype == np.float32
 
 
-def test_fast_paths_equal_plain_ones(tokenizer):
+def test_plain_attention_and_linear_equal_the_fast_ones(tokenizer):
     """SDPA against two products, oneDNN against torch's linear map, bfloat16 against float32: the
     largest difference is in the message."""
     m = tiny(tokenizer, std=0.05)
@@ -631,7 +975,7 @@ def test_fast_paths_equal_plain_ones(tokenizer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_work_by_packed_matrices(tokenizer, dtype):
+def test_embed_packs_matrices_for_long_work(tokenizer, dtype):
     """The vectors are those of one sentence at a time; the matrices are packed while it lasts."""
     m = tiny(tokenizer, std=0.05)
     m.dtype = dtype
@@ -647,18 +991,66 @@ def test_long_work_by_packed_matrices(tokenizer, dtype):
     assert gap < (1e-5 if dtype == torch.float32 else 3e-2), f"long work differs by {gap}"
 
 
-def test_dropout_is_for_training_alone(tokenizer, tmp_path):
+def test_load_for_training_and_for_use(tokenizer, tmp_path):
+    """A run's dropout and length in training alone; weights that can move; the same masks by the
+    same seed."""
     tiny(tokenizer).save(tmp_path / "m")
-    run = train.Run(train.parse(["--out", str(tmp_path / "run"), "--dropout", "0.3"]))
-    m, batch = run.load(tmp_path / "m", train=True), (torch.tensor([[0, 9, 8, 2]]),) * 2
-    seeded = lambda seed: torch.manual_seed(seed) and m(batch[0], batch[1] > -1)
-    assert not torch.equal(seeded(1), seeded(2)) and torch.equal(seeded(3), seeded(3))
+    flags = "--dropout 0.3 --max-tokens 9 --dtype bfloat16 --device cpu".split()
+    run = train.Run(train.parse(["--out", str(tmp_path / "run"), *flags]))
+    m, given = run.load(tmp_path / "m", train=True), (torch.tensor([[0, 9, 8, 2]]),) * 2
+    drawn = lambda seed: torch.manual_seed(seed) and m(given[0], given[1] > -1)
+    assert not torch.equal(drawn(1), drawn(2)) and torch.equal(drawn(3), drawn(3))
     m.eval()
-    assert torch.equal(seeded(1), seeded(2))
+    assert torch.equal(drawn(1), drawn(2))
+    for trains in (True, False):
+        m = run.load(tmp_path / "m", train=trains)
+        kinds = {(q.requires_grad, q.dtype) for k, q in m.named_parameters() if "layers" in k}
+        assert kinds == {(trains, torch.float32 if trains else torch.bfloat16)}
+        assert (m.config.max_seq_length, m.dtype, m.training) == (9, torch.bfloat16, trains)
+    assert M.load(tmp_path / "m").config.max_seq_length == 48
+    assert M.load(tmp_path / "m").config.dropout == 0
+
+
+PAD_TOKENS = [  # what the tokenizer's files say of it, and its id
+    ({}, "<pad>", 7),
+    ({"special_tokens_map.json": {"pad_token": "<pad>"}}, "<pad>", 7),
+    ({"tokenizer_config.json": {"pad_token": {"content": "<mask>"}}}, "<mask>", 8),
+    ({"special_tokens_map.json": {"pad_token": "[PAD]"}}, "[PAD]", 9),
+]
+
+
+@pytest.mark.parametrize("said, name, pad_id", PAD_TOKENS)
+def test_read_tokenizer_finds_the_pad_id(tokenizer, tmp_path, said, name, pad_id):
+    """It is that of the token that the files name, not what config.json says, nor 0, nor 1; it
+    fills batches, and a RoBERTa counts positions from it."""
+    raw = json.loads(tokenizer.to_str())
+    vocab = raw["model"]["vocab"]
+    other = next(piece for piece, i in vocab.items() if i == pad_id)
+    vocab[name], vocab[other] = pad_id, 1
+    raw["added_tokens"][1] |= {"content": name, "id": pad_id}
+    if name != "<pad>":
+        del vocab["<pad>"]
+    for model_type, in_config in (("bert", 0), ("roberta", pad_id)):
+        m = tiny(tokenizer, model_type=model_type, pad_token_id=1)
+        m.save(place := tmp_path / model_type)
+        (place / "tokenizer_config.json").unlink()
+        write(place / "tokenizer.json", json.dumps(raw))
+        for file, text in said.items():
+            write(place / file, json.dumps(text))
+        config = json.loads((place / "config.json").read_text())
+        write(place / "config.json", json.dumps(config | {"pad_token_id": in_config}))
+        assert M.read_tokenizer(place)[1] == pad_id
+        back = M.load(place, "float32")
+        assert back.config.pad_token_id == pad_id
+        assert back.config.first_position == (0 if model_type == "bert" else pad_id + 1)
+        ids, mask = batch(back, ["a man", "a"])
+        assert set(ids[~mask].tolist()) == {pad_id}
+        want = np.stack([plain_encode(back, t) for t in ("a man", "a")])
+        assert apart(back.encode(["a man", "a"]), want) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
-def test_hidden_states_of_transformers(kind, tokenizer, tmp_path):
+def test_hidden_equals_that_of_transformers(kind, tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     cls = {
         "bert": transformers.BertModel,
@@ -689,13 +1081,15 @@ def test_hidden_states_of_transformers(kind, tokenizer, tmp_path):
 @pytest.mark.skipif(
     not (SHARED / "teacher").exists(), reason="no shared/teacher beside the checkout"
 )
-def test_real_teacher():
+def test_load_of_a_real_teacher_gives_its_score():
     """The known score of a published model on English STS benchmark (82.03 in float32; the copy
     here is float16)."""
     m = checkpoints.load(SHARED / "teacher", "float32")
     a, b, gold = data.read_sts(SHARED / "data" / "sts")["en-en"]
-    scores = train.similarity_scores(m.encode, {"en-en": (a[:400], b[:400], gold[:400])})["en-en"]
-    assert 100 * train.spearman(scores, gold[:400]) > 80
+    scores = evaluation.similarity_scores(m.encode, {"en-en": (a[:400], b[:400], gold[:400])})[
+        "en-en"
+    ]
+    assert 100 * evaluation.spearman(scores, gold[:400]) > 80
     assert (
         np.allclose(np.linalg.norm(m.encode(a[:5]), axis=1), 1, atol=1e-5)
         and np.linalg.norm(m.encode(a[:5], normalize=False), axis=1).min() > 2
@@ -743,7 +1137,7 @@ def test_real_teacher():
         ),
     ],
 )
-def test_sizes_to_the_unit(config, embedding, layers, total):
+def test_ledger_to_the_unit(config, embedding, layers, total):
     assert msd.ledger(config) == {
         "embedding": embedding,
         "layers": layers,
@@ -752,8 +1146,27 @@ def test_sizes_to_the_unit(config, embedding, layers, total):
     }
 
 
+def test_stage_loss_and_embed_do_not_wait_for_a_gpu(tokenizer):
+    """On the meta device, whose tensors have no values: what would wait for one raises there."""
+    m = tiny(tokenizer, bottleneck_size=8, type_vocab_size=1)
+    m.load_state_dict({k: v.to("meta") for k, v in m.state_dict().items()}, assign=True)
+    m.dtype = torch.bfloat16
+    both, y = batch(m, TEXTS[:4] + TEXTS[3:]), torch.empty(4, 32, device="meta")
+    for stage in msd.STAGES:
+        loss = sum(msd.stage_loss(stage, m, *both, y, y).values())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(m.parameters(), msd.CLIP)
+        assert (loss + norm).device.type == "meta"
+    with pytest.raises(RuntimeError, match="meta"):
+        float(loss.detach())
+    seen = []
+    with pytest.raises(NotImplementedError, match="meta"):  # the one wait, for all of the vectors
+        m.embed(*m.tokenize(TEXTS), progress=lambda done, total: seen.append(done), most=2)
+    assert seen[-1] == len(TEXTS)
+
+
 # ------------------------------------------------------------------------- model: model directories
-def test_save_and_load(tokenizer, tmp_path):
+def test_save_and_load_to_the_bit(tokenizer, tmp_path):
     for i, changes in enumerate(
         (
             {},
@@ -777,7 +1190,7 @@ def test_save_and_load(tokenizer, tmp_path):
         assert (half * M.unit(m.encode(TEXTS))).sum(1).min() > 0.99
 
 
-def test_vocabulary_larger_than_the_table(tokenizer, tmp_path):
+def test_load_refuses_a_vocabulary_larger_than_the_table(tokenizer, tmp_path):
     m = tiny(tokenizer)
     m.save(tmp_path / "m")
     m.tokenizer = tokenizer
@@ -794,7 +1207,7 @@ def test_vocabulary_larger_than_the_table(tokenizer, tmp_path):
         M.load(tmp_path / "m")
 
 
-def test_a_vocabulary_with_a_gap(tokenizer, tmp_path):
+def test_load_refuses_a_vocabulary_with_a_gap(tokenizer, tmp_path):
     m = tiny(tokenizer)
     m.save(tmp_path / "m")
     raw = json.loads((tmp_path / "m" / "tokenizer.json").read_text("utf-8"))
@@ -833,7 +1246,7 @@ def test_encode_takes_what_people_give(tokenizer):
 
 
 # ------------------------------------------------------------------------------ data: reading files
-def test_reading_pairs_adds_up(tmp_path):
+def test_read_pairs_adds_up(tmp_path):
     good = "".join(f"sentence {i}\tSatz {i}\n" for i in range(995))
     odd = (
         b"x" * 250
@@ -870,8 +1283,17 @@ def test_reading_pairs_adds_up(tmp_path):
     assert (
         set(r["examples"]) == set(r["bad"]) and "en-de.tsv:999: no tab" in r["examples"]["no tab"]
     )
-    with pytest.raises(M.InputError, match="more than 1 %"):
-        list(data.read_pairs(write(tmp_path / "bad.tsv", "a\tb\nno tab\n"), {}))
+    for lines, ok in ((200, True), (199, False)):  # two bad ones
+        bad = write(tmp_path / "bad.tsv", "a\tb\n" * (lines - 2) + "no tab\n" * 2)
+        if ok:
+            assert len(list(data.read_pairs(bad, {}))) == 198
+            continue
+        with pytest.raises(M.InputError, match="2 of 199 lines are bad, more than 1 %"):
+            list(data.read_pairs(bad, {}))
+    for sides, kept in ((250, 250), 1), ((251, 1), 0), ((1, 251), 0):
+        one = write(tmp_path / "one.tsv", "\t".join("x" * n for n in sides))
+        assert len(list(data.read_pairs(one, {}))) == kept
+        assert len(list(data.read_pairs(one, {}, max_chars=251))) == 1
     with pytest.raises(M.InputError, match="long.tsv: .* a line of more than 1048576 bytes"):
         endless = "x" * (data.LINE_LIMIT + 5) + "\ty\n"
         list(data.read_pairs(write(tmp_path / "long.tsv", endless), {}))
@@ -883,7 +1305,7 @@ def test_reading_pairs_adds_up(tmp_path):
 
 
 # ----------------------------------------------------------------------------- data: the disk store
-def test_corpus_store(tmp_path, tokenizer):
+def test_build_corpus_tokens_and_vectors(tmp_path, tokenizer):
     a = write(tmp_path / "en-de.tsv", "one\teins\ntwo\tzwei\none\teins\n")
     b = write(tmp_path / "en-fr.tsv", "one\tun\nthree\ttrois\n")
     c = data.build_corpus([b, a], tmp_path / "cache")
@@ -910,7 +1332,7 @@ def test_corpus_store(tmp_path, tokenizer):
 
 
 # ------------------------------------------------------------------------ data: vocabulary, batches
-def test_tokenizer_repeats_and_covers(tokenizer):
+def test_train_tokenizer_repeats_and_covers(tokenizer):
     text = [
         line
         for x in ("de", "ar")
@@ -946,7 +1368,7 @@ def library_tokenizer(kind, texts):
 
 
 @pytest.mark.parametrize("kind", ["Unigram", "Unigram-bare", "BPE", "byte-BPE", "WordPiece"])
-def test_vocabulary_cut_to_a_text(kind, tmp_path):
+def test_cut_vocabulary_of_every_kind(kind, tmp_path):
     """The pieces a text uses most; what it cuts as before has the same vectors, to the bit."""
     files = [demo.DEMO / f"{x}.txt" for x in ("en", "de", "tr", "ar")]
     lines = [line for f in files for line in f.read_text("utf-8").splitlines()]
@@ -975,27 +1397,73 @@ def test_vocabulary_cut_to_a_text(kind, tmp_path):
             data.cut_vocabulary(old, counts, wrong)
 
 
-def test_word_level_cannot_be_cut():
+@pytest.mark.parametrize("kind", ["Unigram", "BPE"])
+def test_cut_vocabulary_keeps_the_most_used(kind):
+    """By count, of equal ones the lowest ids; special tokens and characters always, and of BPE the
+    parts of what stays; ids in their old order."""
+    lines = (demo.DEMO / "de.txt").read_text("utf-8").splitlines()
+    old = token_at(token_at(library_tokenizer(kind, lines), "<unk>", 200), "<pad>", 201)
+    ids = old.get_vocab()
+    always = data.always_kept(old, len(ids))
+    assert always >= {"<s>", "<pad>", "</s>", "<unk>"} | {p for p in ids if len(p) == 1}
+    assert not any(len(p) == 2 for p in always)
+    others = sorted(ids.keys() - always, key=ids.get)
+    used = others[-40::4]  # high ids: what merges latest
+    counts = np.zeros(len(ids), int)
+    counts[[ids[p] for p in used]] = range(5, 15)
+    merges = json.loads(old.to_str())["model"].get("merges", ())
+    parts = lambda p: {x for a, b in merges if a + b == p for x in (a, b, *parts(a), *parts(b))}
+    need = {p: {p, *parts(p)} - always for p in others}
+    new, kept = data.cut_vocabulary(
+        old, counts, len(always) + len(set().union(*map(need.get, used)))
+    )
+    assert set(new.get_vocab()) == always.union(*map(need.get, used))
+    assert kept.tolist() == sorted(ids[p] for p in new.get_vocab())
+    for name in ("<unk>", "<pad>"):  # they have moved, for the library, too
+        assert new.token_to_id(name) == kept.tolist().index(ids[name]) < ids[name]
+        assert new.encode(name, add_special_tokens=False).ids == [new.token_to_id(name)]
+    assert set(new.encode("猫", add_special_tokens=False).ids) == {new.token_to_id("<unk>")}
+    best = max(used, key=lambda p: counts[ids[p]])
+    assert best in data.cut_vocabulary(old, counts, len(always) + len(need[best]))[0].get_vocab()
+    none = data.cut_vocabulary(old, counts * 0, len(always) + 1)[0].get_vocab()
+    assert none.keys() - always == {next(p for p in others if len(need[p]) == 1)}
+    same_, every = data.cut_vocabulary(old, counts, len(ids))
+    assert same_.get_vocab() == ids and every.tolist() == list(range(len(ids)))
+
+
+def test_always_kept_refuses_word_level():
     t = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     with pytest.raises(M.InputError, match="a WordLevel tokenizer; only Unigram, BPE and WordP"):
         data.always_kept(t, 1)
 
 
-def test_batches_cover_every_pair_once_and_repeat():
+def test_batch_order_by_hand():
+    """Shuffled by the seed, sorted by length within stretches of 256 batches, cut, shuffled: every
+    pair once, the same order for the same seed alone."""
+    lengths = np.random.default_rng(0).integers(5, 50, 1100)
+    got = data.batch_order(lengths, 2, (0, 1, 0))
+    rng = np.random.default_rng((0, 1, 0))
+    order, cuts = rng.permutation(1100).tolist(), []
+    for at in range(0, 1100, 512):
+        stretch = sorted(order[at : at + 512], key=lambda i: lengths[i])
+        cuts += [stretch[i : i + 2] for i in range(0, len(stretch), 2)]
+    assert [b.tolist() for b in got] == [cuts[i] for i in rng.permutation(len(cuts))]
+    for seed in ((1, 1, 0), (0, 2, 0), (0, 1, 1)):
+        other = data.batch_order(lengths, 2, seed)
+        assert not any(map(np.array_equal, got[:9], other))
+
+
+def test_batch_order_covers_every_pair_once():
     lengths = np.random.default_rng(0).integers(5, 50, 1000)
-    batches = data.batch_order(lengths, 16, [0, 1, 0])
-    assert sorted(np.concatenate(batches)) == list(range(1000)) and all(
-        len(b) == 16 for b in batches if len(b) != 8
-    )
-    assert all(
-        np.array_equal(a, b) for a, b in zip(batches, data.batch_order(lengths, 16, [0, 1, 0]))
-    )
-    assert not np.array_equal(batches[0], data.batch_order(lengths, 16, [0, 1, 1])[0])
+    batches = data.batch_order(lengths, 16, (0, 1, 0))
+    assert sorted(np.concatenate(batches)) == list(range(1000))
+    assert sorted(map(len, batches)) == [8] + [16] * 62
     assert np.mean([np.ptp(lengths[b]) for b in batches]) < 5  # little padding
+    assert [len(b) for b in data.batch_order(lengths[:3], 16, (0, 1, 0))] == [3]
 
 
 # ------------------------------------------------------------------------------------- train: a run
-def test_end_to_end(world, finished):
+def test_main_prints_and_leaves_the_table(world, finished):
     """What a run prints and leaves, and that the same command again only reports it."""
     out = world / "whole"
     left = {"assistant", "student", "stages", "results.json", "log.jsonl", "run.json"}
@@ -1022,21 +1490,7 @@ def test_log_of_a_run(world, finished):
     assert losses[4] and all(set(e) >= known for e in losses[4])
 
 
-def test_stages_hand_over(world, finished):
-    """Stage 3 trained stage 2's embedding block and the assistant's first layers, so it must differ
-    from both."""
-    out = world / "whole"
-    student = M.load(out / "student").config
-    assert student.bottleneck_size == 8
-    assert student.num_hidden_layers * student.recurrence == 4
-    names = ("assistant", "stages/stage2", "stages/stage3")
-    assistant, two, three = (M.load(out / name, "float32").layers for name in names)
-    for k in range(2):
-        assert torch.equal(two[k].qkv.weight, assistant[k].qkv.weight)
-    assert not torch.equal(three[0].qkv.weight, two[0].qkv.weight)
-
-
-def test_same_bytes_again(world, finished):
+def test_main_gives_the_same_bytes_again(world, finished):
     """Another process, hash seed, cache and folder: the same student, to the bit."""
     done = run(command(world, world / "second", "--cache", world / "cache2"), PYTHONHASHSEED="7")
     assert done.returncode == 0, done.stderr
@@ -1048,29 +1502,11 @@ def test_same_bytes_again(world, finished):
     assert {p.name for p in (world / "second").iterdir()} == left  # without --keep
 
 
-def test_layers_by_number():
+def test_layer_list_by_number():
     assert [train.layer_list(x) for x in ("3", "1,6,12", "12,")] == [(1, 2, 3), (1, 6, 12), (12,)]
 
 
-def test_which_pairs_a_stage_trains_on(world, tmp_path, capsys):
-    """--extra is for stages 2 and 3 alone, --max-lines for each; a file of both counts once; a
-    stage that would have none stops the run before any work. Names may hold brackets."""
-    place = tmp_path / "a [1]"
-    files = [tsv(place, n) / "en-de.tsv" for n in (40,)]
-    more = write(place / "en-tr.tsv", "one\tbir\ntwo\tiki\n")
-    twice = place / ".." / place.name / files[0].name
-    flags = ["--train", *files, "--extra", more, "--extra", twice, "--max-lines", "40,10,40,5"]
-    run = train.Run(train.parse(command(world, tmp_path / "x", *flags)[2:]))
-    train.read_inputs(run)
-    assert [len(train.stage_pairs(run, k)) for k in (1, 2, 3, 4)] == [40, 12, 42, 5]
-    write(files[0], "english\tgerman\none\teins\n")
-    flags[-1] = "9,9,9,1"
-    with pytest.raises(M.InputError, match="stage 4 has no pairs: .*--max-lines 1 were dropped"):
-        train.main(command(world, tmp_path / "y", *flags)[2:])
-    assert not (tmp_path / "y" / "run.json").exists()
-
-
-def test_ablations_by_flags(world, finished, tmp_path, capsys):
+def test_main_with_ablations_by_flags(world, finished, tmp_path, capsys):
     """No bottleneck, no contrast, stages 2-4 from a given assistant, noise as the start: each runs
     to the table."""
     for flags, rows in (
@@ -1109,311 +1545,148 @@ def test_ablations_by_flags(world, finished, tmp_path, capsys):
     assert table == ["teacher", "assistant", "student, untrained", *rows]
 
 
-# ------------------------------------------------------------------ train: the loop, the checkpoint
-def test_optimizer_and_fit(tokenizer, tmp_path, monkeypatch):
-    """No decay on biases and LayerNorm; the best dev reading's weights are kept; what reaches the
-    optimizer is a clipped gradient and the schedule's rate."""
-    m = tiny(tokenizer)
-    optimizer = train.make_optimizer(m, 1e-3)
-    decayed = {
-        id(q) for g in optimizer.param_groups if g["weight_decay"] == 0.01 for q in g["params"]
-    }
-    assert (
-        decayed
-        == {id(q) for k, q in m.named_parameters() if not k.endswith("bias") and "norm" not in k}
-        and optimizer.defaults["eps"] == 1e-6
-    )
-    norms, rates, real = [], [], torch.optim.AdamW.step
-
-    def spy(optimizer, *args, **options):
-        rates.append({g["lr"] for g in optimizer.param_groups})
-        grads = [q.grad for g in optimizer.param_groups for q in g["params"] if q.grad is not None]
-        norms.append(float(torch.nn.utils.get_total_norm(grads)))
-        return real(optimizer, *args, **options)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    run = train.Run(train.parse(["--out", str(tmp_path)]))
-    kept, readings = {}, iter([4.0, 3.0, 1.0, 2.0])
-    target = m.embeddings.norm.bias
-
-    def dev():
-        value = next(readings)
-        kept[value] = target.detach().clone()
-        return value
-
-    train.fit(run, "x", m, 8, 1e-2, lambda step: ({"a": 1e6 * (target - 1).square().sum()}, 1), dev)
-    assert torch.equal(target, kept[1.0]) and not torch.equal(kept[1.0], kept[2.0])
-    log = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert log[0]["norm"] > 1e6 and max(norms) < 1.001 * msd.CLIP
-    assert rates == [{1e-2 * train.rate_at(step, 8)} for step in range(8)]
-
-
-def test_fused_adamw_equals_the_plain_one(tokenizer):
-    one, two = tiny(tokenizer), tiny(tokenizer)
-    fused, plain = (train.make_optimizer(m, 1e-3) for m in (one, two))
-    for group in plain.param_groups:
-        group["fused"] = False
-    for _ in range(3):
-        for m, optimizer in ((one, fused), (two, plain)):
-            optimizer.zero_grad()
-            m(*batch(m, TEXTS[:3])).square().mean().backward()
-            optimizer.step()
-    gap = max((a - b).abs().max() for a, b in zip(one.parameters(), two.parameters()))
-    assert 0 < (one.layers[0].up.weight - tiny(tokenizer).layers[0].up.weight).abs().max()
-    assert gap < 2e-5, f"fused AdamW differs by {gap}, after three steps of 1e-3"
-
-
-def test_nothing_waits_for_a_gpu(tokenizer):
-    """On the meta device, whose tensors have no values: what would wait for one raises there."""
-    m = tiny(tokenizer, bottleneck_size=8, type_vocab_size=1)
-    m.load_state_dict({k: v.to("meta") for k, v in m.state_dict().items()}, assign=True)
-    m.dtype = torch.bfloat16
-    both, y = batch(m, TEXTS[:4] + TEXTS[3:]), torch.empty(4, 32, device="meta")
-    for stage in msd.STAGES:
-        loss = sum(msd.stage_loss(stage, m, *both, y, y).values())
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(m.parameters(), msd.CLIP)
-        assert (loss + norm).device.type == "meta"
-    with pytest.raises(RuntimeError, match="meta"):
-        float(loss.detach())
-    seen = []
-    with pytest.raises(NotImplementedError, match="meta"):  # the one wait, for all of the vectors
-        m.embed(*m.tokenize(TEXTS), progress=lambda done, total: seen.append(done), most=2)
-    assert seen[-1] == len(TEXTS)
-
-
-def test_a_loss_that_is_not_finite_stops(world, finished, tmp_path):
-    done = run(command(world, tmp_path / "nan", "--lr", "1e30"))
-    assert (
-        done.returncode == 2
-        and "stage 1: by step" in done.stderr
-        and "not finite. Choose a lower --lr and another --out" in done.stderr
-    )
-    assert not (tmp_path / "nan" / "assistant").exists()
-
-
-def test_every_stage_resumes_to_the_bit(world, finished, tmp_path, monkeypatch):
-    """Each stage stopped after its second step by an exception in its third, then continued: the
-    uninterrupted bits."""
-    args = command(world, tmp_path / "run", "--keep")[2:]
-    real, stopped = train.stage_batches, set()
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-
-    def fragile(run, stage, *rest):
-        loss_at, steps = real(run, stage, *rest)
-
-        def at(step):
-            if (
-                step == 2 and stage not in stopped and len(rest) == 5
-            ):  # in training: epochs is given
-                stopped.add(stage)
-                raise KeyError("the power is gone")
-            return loss_at(step)
-
-        return at, steps
-
-    monkeypatch.setattr(train, "stage_batches", fragile)
-    for _ in range(4):
-        with pytest.raises(KeyError, match="power"):
-            train.main(args)
-    train.main(args)
-    assert stopped == {1, 2, 3, 4}
-    for name in ("assistant", "stages/stage2", "stages/stage3", "student"):
-        one, two = (x / name / "model.safetensors" for x in (tmp_path / "run", world / "whole"))
-        assert one.read_bytes() == two.read_bytes(), name
-
-
-STARTS = {1: "assistant-start", 2: "student-start", 3: "stage2", 4: "stage3"}
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3, 4])
-def test_stages_get_their_inputs_and_targets(world, finished, stage, monkeypatch, tmp_path):
-    """What reaches the loss in a run: the model from the stage before, each pair's own target,
-    from the right source."""
-    out, seen = world / "whole", {}
-
-    def spy(k, model, ids, mask, y_s, y_t=None, contrast=True, gather=None):
-        if k == stage and not seen:
-            source = M.load(world / "teacher" if k in (1, 4) else out / "assistant", "float32")
-            before = M.load(out / "stages" / STARTS[k], "float32")
-            texts = [before.tokenizer.decode(row[m].tolist()) for row, m in zip(ids, mask)]
-            seen.update(
-                en=texts[: len(y_s)],
-                tr=texts[len(y_s) :],
-                y_s=y_s,
-                y_t=y_t,
-                contrast=contrast,
-                source=source,
-            )
-            old = before.state_dict()
-            seen["same"] = [
-                n for n, p in model.named_parameters() if n in old and torch.equal(p, old[n])
-            ]
-            seen["all"] = [n for n, _ in model.named_parameters()]
-            raise KeyError("seen")
-        return terms(k, model, ids, mask, y_s, y_t, contrast)
-
-    terms = msd.stage_loss
-    monkeypatch.setattr(msd, "stage_loss", spy)
-    args = command(world, tmp_path / "run", "--dtype", "float32")[2:]
-    (tmp_path / "run" / "stages").mkdir(parents=True)
-    done = ["assistant"] * (stage > 1) + [f"stages/{STARTS[k]}" for k in range(1, stage + 1)]
-    for name in done:  # the stages before are done
-        (tmp_path / "run" / name).symlink_to(out / name)
-    with pytest.raises(KeyError, match="seen"):
-        train.main(args)
-    assert set(seen["same"]) == set(seen["all"])
-    if stage == 2:  # the SVD start: the assistant's positions, norm and first layers
-        assistant = M.load(out / "assistant", "float32").state_dict()
-        begun = M.load(out / "stages" / STARTS[2], "float32").state_dict()
-        parts = [k for k in begun if not k.startswith(("embeddings.word", "embeddings.project"))]
-        assert parts and all(torch.equal(begun[k], assistant[k]) for k in parts)
-    pairs = dict(line.split("\t") for line in (world / "d" / "en-de.tsv").read_text().splitlines())
-    assert [pairs[e] for e in seen["en"]] == seen["tr"]
-    embed = lambda texts: seen["source"].embed(
-        *seen["source"].tokenize(texts), embeddings_only=stage == 2
-    )
-    assert (seen["y_t"] is None) == (stage in (1, 4))
-    for side, y in (("en", seen["y_s"]), ("tr", seen["y_t"])):
-        gap = 0 if y is None else np.abs(embed(seen[side]) - y.numpy()).max()
-        assert gap < 2e-3, f"targets cached in float16 differ by {gap}"
-
-
-# ------------------------------------------------------------------ train: several processes, a GPU
-def script(path, body):
-    return write(
-        path,
-        f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport model as M, train\n"
-        f"from tools.cli import run_cli\n{body}\nrun_cli(train.main)\n",
-    )
-
-
-def torchrun(args, n=2):
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={n}",
-        *args[1:],
-    ]
-
-
-def test_two_processes_give_the_gradients_of_one(world, finished, tmp_path):
-    """The gradients of two processes are those of one, in every stage and every batch of a pass.
-
-    The last batch has one pair and leaves a process without any. The loss terms are the same, too,
-    the contrastive one over all pairs of the batch, and so is the dev loss of a single batch.
-    """
-    dev = write(
-        tmp_path / "en-de.tsv", "".join(f"{w} red\tder {w}\n" for w in ("old", "new", "big"))
-    )
-    file = script(
-        tmp_path / "gradients.py",
-        """
-def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
-    for step in range(8):
-        model.zero_grad()
-        terms = loss_at(step)[0]
-        sum(terms.values()).backward()
-        if run.rank == 0:
-            named = model.named_parameters()
-            grads = {k: q.grad for k, q in named if q.grad is not None}
-            M.write_safetensors(run.out / f"{name[-1]}-{step}", {**terms, **grads})
-    if run.rank == 0:
-        M.write_safetensors(run.out / f"{name[-1]}-dev", {"dev": train.torch.tensor(dev_loss())})
-    else:
-        dev_loss()
-    return model
-train.fit = fit
-""",
-    )
-    for out, launch in (("one", lambda a: a), ("two", torchrun)):
-        more = "--batch 17 --dropout 0 --dtype float32 --device cpu --dev".split()
-        args = command(world, tmp_path / out, *more, dev, script=file)
-        done = run(launch(args))
-        assert done.returncode == 0, done.stderr
-    seen = 0
-    for one in sorted((tmp_path / "one").glob("[1-4]-*")):
-        a, b = M.read_safetensors(one)[0], M.read_safetensors(tmp_path / "two" / one.name)[0]
-        assert set(a) == set(b) and (one.name[0] != "4" or "dev" in one.name or "mcl" in a)
-        for k in a:
-            assert torch.allclose(
-                a[k], b[k], rtol=1e-4, atol=1e-5 * float(a[k].abs().max()) + 1e-9
-            ), (one.name, k)
-        seen += len(a)
-    assert seen > 4 * 8 * 10
-
-
 # --------------------------------------------------------------------- train: evaluation, the table
 def test_spearman_by_hand():
-    assert list(train.ranks([10, 20, 20, 30])) == [1, 2.5, 2.5, 4]
-    assert train.spearman([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]) == pytest.approx(1)
-    assert train.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert list(evaluation.ranks([10, 20, 20, 30])) == [1, 2.5, 2.5, 4]
+    assert evaluation.spearman([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]) == pytest.approx(1)
+    assert evaluation.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     # ranks 1 2.5 2.5 4 and 1 3 2 4: covariance 4.5, variances 4.5 and 5
-    assert train.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert math.isnan(train.spearman([1, 1], [1, 2]))
+    assert evaluation.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(
+        4.5 / math.sqrt(4.5 * 5)
+    )
+    assert math.isnan(evaluation.spearman([1, 1], [1, 2]))
+    for x, y in (([1, 10, 100], [5, 6, 7]), ([5, 6, 7], [1, 10, 100])):  # the order alone counts
+        assert evaluation.spearman(x, y) == pytest.approx(1)
 
 
-def test_retrieval():
+def test_mean_spearman_of_sets():
+    scores = {"en-en": 80, "de-de": 60, "en-de": 40, "tr-en": 20}
+    assert evaluation.mean_spearman(scores) == (50, 70, 30)
+    everything, mono, cross = evaluation.mean_spearman({"en-de": 40})
+    assert (everything, cross) == (40, 40) and math.isnan(mono)
+
+
+def test_similarity_scores_are_cosines():
+    """Of each pair, in its order, set by set; a sentence that is in many is encoded once."""
+    v = {t: np.random.default_rng(i).normal(size=3) * 9 for i, t in enumerate("abcd")}
+    asked = []
+
+    def encode(texts):
+        asked.extend(texts)
+        return np.stack([v[t] for t in texts])
+
+    sets = {"en-en": (["a", "b"], ["c", "a"], None), "en-de": (["d"], ["b"], None)}
+    got = evaluation.similarity_scores(encode, sets)
+    assert sorted(asked) == ["a", "b", "c", "d"]
+    for name, (one, two, _) in sets.items():
+        want = [v[a] @ v[b] / np.sqrt(v[a] @ v[a] * (v[b] @ v[b])) for a, b in zip(one, two)]
+        assert got[name].tolist() == pytest.approx(want)
+
+
+def test_retrieval_by_hand():
     x = np.eye(4)
-    assert train.retrieval(x, x) == (100, 100)
-    assert train.retrieval(x, x[[1, 0, 2, 3]]) == (50, 50)
-    assert train.retrieval(np.ones((4, 4)), np.ones((4, 4))) == (0, 0)  # all alike must not score
+    assert evaluation.retrieval(x, x) == (100, 100)
+    assert evaluation.retrieval(x, x[[1, 0, 2, 3]]) == (50, 50)
+    assert evaluation.retrieval(np.ones((4, 4)), np.ones((4, 4))) == (
+        0,
+        0,
+    )  # all alike must not score
     y = x.copy()
     y[1] = x[0]  # two translations are one: x0 finds a tie, x1 nothing;
-    assert train.retrieval(x, y) == (50, 75)  # backwards only y1 is led astray
+    assert evaluation.retrieval(x, y) == (50, 75)  # backwards only y1 is led astray
 
 
-def test_look_finds_a_collapsed_teacher():
+@pytest.mark.parametrize("block", [1, 3, 10, 1024])
+def test_retrieval_against_loops(block):
+    """By cosine, whatever the lengths of the vectors; block by block the same."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(10, 4)) * rng.uniform(0.1, 9, (10, 1))
+    y = (x + 3 * rng.normal(size=x.shape)) * rng.uniform(0.1, 9, (10, 1))
+    cos = np.array([[a @ b / np.sqrt(a @ a * (b @ b)) for b in y] for a in x])
+    want = tuple(100 * np.mean(c.argmax(1) == np.arange(10)) for c in (cos, cos.T))
+    assert want[0] != want[1] and evaluation.retrieval(x, y, block) == pytest.approx(want)
+    assert evaluation.retrieval.__defaults__ == (1024,)
+
+
+def test_describe_vectors_finds_a_collapsed_teacher():
     v = np.ones((50, 8)) + 1e-3 * np.random.default_rng(0).normal(size=(50, 8))
-    norm, cosine, constant_mse = train.describe_vectors(v)
+    norm, cosine, constant_mse = evaluation.describe_vectors(v)
     assert cosine > 0.99 and norm == pytest.approx(8**0.5, rel=1e-2)
     assert constant_mse == pytest.approx(v.var(0).mean(), rel=1e-3)
 
 
 def test_evaluate_by_hand():
+    """Spearman x 100 by set, accuracy both ways, 100 x MSE to the teacher of each side."""
+    asked = []
+
     class Fixed:
         def encode(self, texts, normalize=None):
+            asked.append((len(texts), normalize))
             return np.array([[float(t[0]), 1.0] for t in texts])
 
-    row, _ = train.evaluate(
-        Fixed(),
-        {"en-de": (["1a", "2a"], ["1b", "9b"], np.array([5, 0]))},
-        {"de": (["1", "5"], ["1", "5"])},
-        {"de": np.array([[1.0, 1.0], [5.0, 2.0]])},
+    sets = {"en-de": (["1a", "2a", "3a"], ["1b", "9b", "1c"], np.array([5, 0, 3]))}
+    dev = {"de": (["1", "5", "9"], ["1", "5", "6"]), "fr": (["2", "7"], ["7", "2"])}
+    goals = {"de": np.array([[1.0, 1.0], [5.0, 2.0], [9.0, 1.0]]), "fr": np.zeros((2, 2))}
+    row, cosines = evaluation.evaluate(Fixed(), sets, dev, goals)
+    cos = [(a * b + 1) / math.sqrt((a * a + 1) * (b * b + 1)) for a, b in ((1, 1), (2, 9), (3, 1))]
+    assert cosines["en-de"].tolist() == pytest.approx(cos)
+    assert row["spearman"] == {"en-de": pytest.approx(100 * evaluation.spearman(cos, [5, 0, 3]))}
+    assert abs(row["spearman"]["en-de"]) == pytest.approx(50)
+    assert row["accuracy"] == {"de": (100, pytest.approx(200 / 3)), "fr": (0, 0)}
+    assert row["mse"]["de"] == pytest.approx([100 * 1 / 6, 100 * (1 + 9) / 6])
+    assert row["mse"]["fr"] == pytest.approx([100 * (4 + 49 + 2) / 4] * 2)
+    assert asked == [(6, None), (3, False), (3, False), (2, False), (2, False)]
+    assert evaluation.evaluate(Fixed(), {}, {}, {}) == (
+        {"spearman": {}, "accuracy": {}, "mse": {}},
+        {},
     )
-    assert (
-        row["spearman"]["en-de"] == pytest.approx(100)
-        and row["accuracy"]["de"] == (100, 100)
-        and row["mse"]["de"] == pytest.approx([25, 25])
-    )
-    assert train.mean_spearman({"en-en": 80, "de-de": 60, "en-de": 40}) == (60, 70, 40)
 
 
-def test_bootstrap():
-    """A model against itself: no difference, ever. A better one: the bounds hold the difference,
-    and exclude 0."""
-    rng, gold = np.random.default_rng(0), np.arange(200.0)
-    sets = {"en-en": ([], [], gold), "en-de": ([], [], gold[:150])}
-    good, bad = (
-        {k: s[2] + rng.normal(0, sd, len(s[2])) for k, s in sets.items()} for sd in (10, 80)
-    )
-    assert all(v == [0, 0, 0] for v in train.bootstrap(sets, good, good, 50).values())
-    got = train.bootstrap(sets, bad, good, 200)
-    want = [
-        100 * (train.spearman(good[k], sets[k][2]) - train.spearman(bad[k], sets[k][2]))
-        for k in sets
-    ]
-    assert (
-        got["mono"][0] == pytest.approx(want[0])
-        and got["cross"][0] == pytest.approx(want[1])
-        and got["all"][0] == pytest.approx(np.mean(want))
-    )
+def some_scores(*sizes):
+    """(sets, a worse and a better model's scores) of so many pairs each."""
+    rng = np.random.default_rng(0)
+    names = ("en-en", "en-de", "de-de", "fr-de")
+    sets = {k: ([], [], rng.permutation(np.arange(float(n)))) for k, n in zip(names, sizes)}
+    models = ({k: s[2] + rng.normal(0, sd, len(s[2])) for k, s in sets.items()} for sd in (80, 10))
+    return sets, *models
+
+
+def test_bootstrap_of_a_model_with_itself_and_a_better_one():
+    sets, bad, good = some_scores(200, 150)
+    assert all(v == [0, 0, 0] for v in evaluation.bootstrap(sets, good, good, 50).values())
+    got = evaluation.bootstrap(sets, bad, good, 200)
+    score = lambda c, k: 100 * evaluation.spearman(c[k], sets[k][2])
+    mono, cross = (score(good, k) - score(bad, k) for k in sets)
+    assert got["mono"][0] == pytest.approx(mono) and got["cross"][0] == pytest.approx(cross)
+    assert got["all"][0] == pytest.approx((mono + cross) / 2)
     assert all(0 < low < d < high for d, low, high in got.values())
+    assert list(evaluation.bootstrap({"en-en": sets["en-en"]}, bad, good, 5)) == ["all", "mono"]
+    for n, known in ((10, True), (9, False)):  # of fewer nothing is sure
+        assert bool(evaluation.bootstrap(*some_scores(20, n), 5)) == known
 
 
-def test_scores():
+def test_bootstrap_against_loops():
+    """95 % of a thousand resamples, of both models' same pairs; sets of one length, whose pairs
+    translate each other, are drawn alike."""
+    sets, a, b = some_scores(11, 13, 11, 13)
+    rng, draws = np.random.default_rng(3), []
+    for _ in range(40):
+        rows = {n: rng.integers(0, n, n) for n in (11, 13)}
+        gaps = {}
+        for k, (_, _, gold) in sets.items():
+            i = rows[len(gold)]
+            gaps[k] = 100 * (
+                evaluation.spearman(b[k][i], gold[i]) - evaluation.spearman(a[k][i], gold[i])
+            )
+        draws.append((np.mean([*gaps.values()]), gaps["en-en"] / 2 + gaps["de-de"] / 2))
+    got = evaluation.bootstrap(sets, a, b, 40, seed=3)
+    for kind, values in zip(("all", "mono"), zip(*draws)):
+        bounds = [np.interp(share * 39, range(40), sorted(values)) for share in (0.025, 0.975)]
+        assert got[kind][1:] == pytest.approx(bounds)
+    assert evaluation.bootstrap.__defaults__ == (1000, 0)
+
+
+def test_similarity_of_the_demo():
     m = demo.Meaning("one", "man", "tired", "read", "book", "-", "park")
     assert demo.similarity(m, m) == 5 == sum(demo.WEIGHTS)
     assert (
@@ -1423,13 +1696,15 @@ def test_scores():
 
 
 # --------------------------------------------------------------------------------------- the README
-def test_audit_table_of_the_readme():
-    """Every function and every test that it names exists."""
+def test_readme_audit_table_names_what_exists():
+    """Every function, and every test, here or in tests/."""
     text = (HERE / "README.md").read_text("utf-8")
-    rows = re.findall(r"\| `(\w+)\.([\w.]+)` \| (`test_.*) \|", text)
+    rows = re.findall(r"\| `(\w+)\.([\w.]+)` \| (`test_[^|]*) \|", text)
     assert len(rows) > 20
+    files = [HERE / "test_msd.py", *(HERE / "tests").glob("test_*.py")]
+    known = {n for f in files for n in re.findall(r"^def (test_\w+)", f.read_text("utf-8"), re.M)}
     for module, path, tests in rows:
         node = ast.parse((HERE / f"{module}.py").read_text("utf-8"))
         for name in path.split("."):
             node = next(n for n in node.body if getattr(n, "name", None) == name)
-        assert all(callable(globals().get(t)) for t in re.findall(r"`(\w+)`", tests)), tests
+        assert set(re.findall(r"`(\w+)`", tests)) <= known, tests

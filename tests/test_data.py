@@ -127,6 +127,6 @@ def test_sts_files(tmp_path):
     with pytest.raises(M.InputError, match="STS.en-de.txt: 2 lines of one score"):
         data.read_sts(tmp_path)
     (tmp_path / "STS.en-de.txt").rename(tmp_path / "._STS.en-de.txt")  # as macOS leaves them
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(M.InputError, match="no similarity sets"):
+    for folder, why in ((tmp_path, "no similarity sets"), (tmp_path / "nowhere", "no such folder")):
+        with pytest.raises(M.InputError, match=why):
             data.read_sts(folder)

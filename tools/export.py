@@ -194,7 +194,8 @@ def origin(folder):
     """(languages, text): scores and origin of a model, by results.json beside its folder."""
     with contextlib.suppress(InputError), reading(folder, "of a run"):  # the file may be anybody's
         results = read_json(folder.parent / "results.json")
-        row = [v for k, v in results["rows"].items() if k.split(",")[0] == folder.name][-1]
+        rows = results["rows"].items()  # older ones name their folder in the label alone
+        row = [v for k, v in rows if v.get("folder", k.split(",")[0]) == folder.name][-1]
         scores = {k: v for k, v in row["spearman"].items() if not math.isnan(v)}
         text = ""
         if scores:

@@ -1,0 +1,212 @@
+"""What a file is that holds no pairs, and the one command that makes pairs of it.
+
+The commands are of Python's own libraries or of programs that are everywhere; line ends and tabs
+within a cell become spaces. data.py asks here; nothing here reads more than it is given.
+"""
+
+import contextlib
+import csv
+import json
+import os
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+
+from model import InputError
+
+SAMPLE = 1000  # lines by which a file is judged
+GZIP = b"\x1f\x8b"
+ENGLISH = frozenset(  # words that its near languages do not have
+    "the and you that with this they from would there what not your which about who where".split()
+)
+SCORE = re.compile(r"[\W\d_]*|[!-~]*(\d|://)[!-~]*")  # or an id, an address, nothing
+WORD = re.compile(r"[\W\d_]*|[!-~]*")  # or a score, a code, a name; no sentence
+# UTF-8 that was read as Latin-1 or Windows-1252: a first byte and those that must follow it.
+LATER = r"[\x80-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc"
+LATER += r"\u2013-\u203a\u20ac\u2122]"
+TWICE = rf"(?:[\xc2-\xdb]|\xe0[\xa4-\xbf]|[\xe1-\xef]{LATER}|[\xf0-\xf4]{LATER}{{2}}){LATER}"
+
+
+def python(imports, script):
+    return f"python -X utf8 -c {shlex.quote(f'import {imports}, sys; {script}')}"
+
+
+def printed(imports, cells, rows):
+    """The command that prints some cells of each row r of its input."""
+    cells = f'" ".join(str(s).split()) for s in ({cells})'
+    return python(imports, f'[print(*({cells}), sep="\\t") for r in {rows}]')
+
+
+INPUT = 'open(0, encoding="utf-8-sig")'
+LANGUAGE = '(v.get("{http://www.w3.org/XML/1998/namespace}lang") or v.get("lang") or "").lower()'
+ZIP = "z = zipfile.ZipFile(io.BytesIO(sys.stdin.buffer.read())); "
+FORMATS = {  # by the first bytes
+    rb"PAR1": (
+        "parquet",  # two columns
+        printed(
+            "io, pandas",
+            "r[0], r[1]",
+            "pandas.read_parquet(io.BytesIO(sys.stdin.buffer.read())).values",
+        ),
+    ),
+    rb"PK\x03\x04": (
+        "zip",  # all that is in it
+        python("io, zipfile", ZIP + "[sys.stdout.buffer.write(z.read(n)) for n in z.namelist()]"),
+    ),
+    rb"BZh": ("bzip2", "bzcat"),
+    rb"\xfd7zXZ": ("xz", "xzcat"),
+    rb"\x28\xb5\x2f\xfd": ("zstd", "zstdcat"),
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": ("UTF-32", "iconv -f UTF-32 -t UTF-8"),
+    rb"\xff\xfe|\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
+    rb"(\0[^\0]){4}": ("UTF-16", "iconv -f UTF-16BE -t UTF-8"),  # no mark, English letters
+    rb"([^\0]\0){4}": ("UTF-16", "iconv -f UTF-16LE -t UTF-8"),
+    rb"(?s)(\xef\xbb\xbf)?\s*<.{,3000}?<tmx": (
+        "TMX",  # English first, then the first of the other languages
+        printed(
+            "xml.etree.ElementTree as E",
+            '"".join(v.find("seg").itertext()) for v in r[:2]',
+            f'(sorted(t.iter("tuv"), key=lambda v: {LANGUAGE}[:2] != "en") for _, t in '
+            'E.iterparse(sys.stdin.buffer) if t.tag == "tu") if len(r) > 1',
+        ),
+    ),
+}
+CHAR = 'c.encode("latin-1" if c < "\\u0100" else "cp1252")'
+MENDED = f're.sub(r"{TWICE}", lambda m: b"".join({CHAR} for c in m[0]).decode(errors="replace"), '
+MENDED += "html.unescape(html.unescape(s)))"
+MEND = python(  # of entities and of text decoded twice, cell by cell
+    "html, re",
+    f'[print(*(" ".join({MENDED}.split()) for s in r.split("\\t")), sep="\\t") for r in {INPUT}]',
+)
+
+
+def piped(path, command, name=None):
+    """The command, from a file, plain or gzipped, into a new one beside it."""
+    with open(path, "rb") as f:
+        packed = f.read(2) == GZIP
+    name = name or f"text-{Path(path).name.removesuffix('.gz').rsplit('.', 1)[0]}.tsv"
+    old, new = (shlex.quote(str(p)) for p in (path, Path(path).with_name(name)))
+    return f"zcat {old} | {command} > {new}" if packed else f"{command} < {old} > {new}"
+
+
+def refuse_formats(path, head):
+    """Raises: InputError where the first bytes of a file are not those of UTF-8 text."""
+    for start, (name, command) in FORMATS.items():
+        if re.match(start, head):
+            raise InputError(f"it is {name}. Convert it: {piped(path, command)}")
+
+
+def count_english(texts):
+    return sum(word in ENGLISH for word in re.findall(r"\w+", " ".join(texts).lower()))
+
+
+def text_columns(rows):
+    """The numbers of the two columns of rows that hold sentences, English first; fewer where there
+    are fewer. Columns of scores, ids, codes, names, addresses and columns without text are none."""
+    width = Counter(map(len, rows)).most_common(1)[0][0]
+    columns = list(zip(*(row for row in rows if len(row) == width)))
+
+    def those_but(wrong):
+        for i, cells in enumerate(columns):
+            distinct = len(set(cells)) > max(len(cells) > 1, len(cells) / 10)
+            right = sum(not wrong.fullmatch(cell.strip()) for cell in cells)
+            if distinct and right > len(cells) / 2:
+                yield i
+
+    found = [*those_but(WORD)]
+    found = found if len(found) > 1 else [*those_but(SCORE)]  # a list of words
+    found.sort(key=lambda i: -count_english(columns[i]))
+    return [*found[:1], *sorted(found[1:])][:2]
+
+
+def leaves(value, path="r"):
+    """Yield all strings in a value of JSON: (how to reach it from r, string)."""
+    if isinstance(value, str):
+        yield path, value
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in items if isinstance(value, (dict, list)) else ():
+        yield from leaves(part, f"{path}[{json.dumps(key, ensure_ascii=False)}]")
+
+
+def from_json(lines):
+    """The command for JSON lines, or for one list, flat or nested; None where it is neither."""
+    rows, reader = [], f"map(json.loads, {INPUT})"
+    with contextlib.suppress(ValueError):
+        rows = [json.loads(line) for line in lines[:SAMPLE] if line.strip()]
+    with contextlib.suppress(ValueError):
+        whole = json.loads("\n".join(lines)) if len(rows) < 2 else []
+        if isinstance(whole, list) and isinstance([*whole, ""][0], (dict, list)):
+            rows, reader = whole[:SAMPLE], f"json.load({INPUT})"
+    rows = [dict(leaves(row)) for row in rows]
+    seen = Counter(key for row in rows for key in row)
+    keys = [key for key, n in seen.items() if n > len(rows) / 2]
+    found = text_columns([[row.get(key, "") for key in keys] for row in rows]) if keys else []
+    cells = ", ".join(keys[i] for i in found)
+    return printed("json", cells, reader) if len(found) == 2 else None
+
+
+def from_moses(path):
+    """The command that joins a file with that of the other language; None where there is none.
+
+    Their names differ in the language alone: corpus.en and corpus.de, en.txt.gz and de.txt.gz.
+    """
+    path = Path(path)
+    for other in sorted(path.parent.iterdir()):
+        a, b = path.name, other.name
+        start = len(re.sub("[A-Za-z]*$", "", os.path.commonprefix([a, b])))
+        end = len(re.sub("[A-Za-z]*$", "", os.path.commonprefix([a[::-1], b[::-1]])))
+        names = a[start : len(a) - end], b[start : len(b) - end]
+        codes = [re.fullmatch(r"([A-Za-z]{2,3}|[a-z]{5,})([-_]\w+)?", name) for name in names]
+        english = [bool(re.match("en([-_g]|$)", name.lower())) for name in names]
+        if other.is_file() and all(codes) and sum(english) == 1:
+            code = "-".join(sorted(names, key=lambda n: n != names[english.index(True)]))
+            pair = (path, other) if english[0] else (other, path)
+            new = shlex.quote(str(path.with_name(f"text-{a[:start]}{code}.tsv")))
+            a, b = (shlex.quote(str(p)) for p in pair)
+            if not any(p.suffix == ".gz" for p in pair):
+                return f"paste {a} {b} > {new}"
+            return f"zcat -f {a} | {{ zcat -f {b} | paste /dev/fd/3 -; }} 3<&0 > {new}"
+    return None
+
+
+def from_cells(path, lines):
+    """(what it is, command) of lines with cells between tabs, bars or commas; ("", "") of others.
+
+    Quotes around cells are taken off.
+    """
+    for mark, name in (("\t", "columns"), ("|||", "text with |||"), (",", "CSV"), (";", "CSV")):
+        marked = [line for line in lines if mark in line]
+        if len(marked) <= len(lines) / 2:
+            continue
+        quoted = sum(line.strip()[-1:] == '"' or f'"{mark}' in line for line in marked)
+        is_csv = name == "CSV" or mark == "\t" and quoted > len(marked) / 2
+        rows = csv.reader(lines, delimiter=mark) if is_csv else (x.split(mark) for x in marked)
+        rows = [row for row in rows if row]
+        width, n = Counter(map(len, rows)).most_common(1)[0]
+        found = text_columns(rows)
+        if width < 2 or n < 0.8 * len(rows) or len(found) < 2:
+            continue
+        a, b = found
+        if is_csv:
+            reader = f"csv.reader({INPUT}, delimiter={json.dumps(mark)}) if len(r) == {width}"
+            return "CSV", piped(path, printed("csv", f"r[{a}], r[{b}]", reader))
+        if mark == "\t" and a < b:
+            return name, piped(path, f"cut -f{a + 1},{b + 1}")
+        mark = r"\t" if mark == "\t" else " *[|][|][|] *"
+        script = f"awk -F '{mark}' -v OFS='\\t' '{{print ${a + 1}, ${b + 1}}}'"
+        return name, piped(path, script)
+    return "", ""
+
+
+def fix_of(path, lines):
+    """What the lines of a file are instead of pairs, with the command to run; "" if unknown."""
+    if lines and lines[0].lstrip()[:1] in ("{", "[") and (command := from_json(lines)):
+        return f" It is JSON. Convert it: {piped(path, command)}"
+    name, command = from_cells(path, lines[:SAMPLE])
+    if name == "columns":
+        return f" Keep two columns: {command}"
+    if name:
+        return f" It is {name}. Convert it: {command}"
+    if not any("\t" in line for line in lines) and (command := from_moses(path)):
+        return f" It is one of Moses' two files. Put them side by side: {command}"
+    return ""
