@@ -50,8 +50,8 @@ def reading(path, expected, fix=""):
     """Around what reads a file: any failure becomes one InputError line that names the file."""
     try:
         small = Path(path).is_file() and Path(path).stat().st_size < 200
-        if small and Path(path).read_bytes().startswith(b"version https://git-lfs"):
-            raise InputError("a Git LFS pointer, not the file itself; run: git lfs pull")
+        pointer = small and b"https://git-lfs" in Path(path).read_bytes()
+        need(not pointer, "a Git LFS pointer, not the file itself; run: git lfs pull")
         yield
     except InputError as e:  # whole: it may hold a command, and in it a path with two spaces
         raise InputError(f"{path}: not {expected}: {e}{fix}") from e
@@ -137,10 +137,7 @@ class Linear(Int8Weight, nn.Linear):
 
     def forward(self, x, activation="identity"):
         weight = self.weight.to(x.dtype)
-        if hasattr(
-            self, "scale"
-        ):  # in x's dtype: products in float32 would take half as long again
-            weight = weight * self.scale.to(x.dtype)[:, None]
+        weight = weight * self.scale.to(x.dtype)[:, None] if hasattr(self, "scale") else weight
         bias = None if self.bias is None else self.bias.to(x.dtype)
         fused = {"identity": "none", "gelu": "gelu"}.get(activation)
         if fused and not torch.is_grad_enabled() and has_onednn(x.device.type, x.dtype):
@@ -478,8 +475,8 @@ def read_safetensors(path, convert=None, fix=". Fetch or export it again"):
         tensors, at = {}, body
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind, shape, size = _check_entry(name, entry, at - body, len(data) - body)
-            raw = torch.from_numpy(np.frombuffer(data, np.uint8, size, at))
-            raw = join([raw], torch.uint8) if at % kind.itemsize else raw  # not aligned
+            raw = np.frombuffer(data, np.uint8, size, at)
+            raw = torch.from_numpy(raw.copy() if at % kind.itemsize else raw)  # if not aligned
             tensors[name], at = raw.view(kind).view(shape), at + size
             if convert:
                 tensors[name] = convert(name, tensors[name])
@@ -556,19 +553,6 @@ def to_hf(state):
     return out
 
 
-def join(parts, dtype):
-    """A copy of tensors of one shape (m, ...), one after the other: (len(parts) * m, ...).
-
-    Copied in pieces so small that torch starts no threads for them: once it has some, a process
-    forked from this one waits for them for ever.
-    """
-    out = parts[0].new_empty((len(parts), *parts[0].shape), dtype=dtype)
-    for part, place in zip(parts, out):
-        for a, b in zip(place.view(-1).split(2**14), part.reshape(-1).split(2**14)):
-            a.copy_(b)
-    return out.view(-1, *parts[0].shape[1:])
-
-
 def from_hf(tensors):
     """The inverse of to_hf, for use in reading(). Raises: InputError for what is no number, others
     where a query, key or value is missing or misshapen."""
@@ -584,7 +568,8 @@ def from_hf(tensors):
         joined = name.replace(".attention.self.query.", ".qkv.")
         kinds = [f"{p.dtype} {list(p.shape)}" for p in parts]
         need(len({*kinds}) == 1, f"{joined} has parts of several dtypes or sizes: {kinds}")
-        out[joined] = join(parts, parts[0].dtype)
+        bytes_ = np.stack([p.contiguous().view(torch.uint8).numpy() for p in parts])
+        out[joined] = torch.from_numpy(bytes_).view(parts[0].dtype).flatten(0, 1)
     return out
 
 
@@ -709,11 +694,14 @@ def arithmetic(dtype, device, train):
 
     def convert(name, t):
         # A table that is not copied stays as the file stores it: rows are widened when looked up.
-        stays = not t.is_floating_point() or name.endswith(TABLE) and not copy
-        # The steps of int8 weights stay, too: rounded, they would move whole rows.
-        if stays or name.endswith(".scale") or t.dtype == stored and not copy:
+        stays = t.dtype == stored or name.endswith(TABLE)
+        if not t.is_floating_point() or name.endswith(".scale") or stays and not copy:
             return t
-        return join([t], stored).view(t.shape)
+        out = torch.empty(t.shape, dtype=stored)
+        # So little at once that torch starts no threads, for which forked processes would wait.
+        for a, b in zip(out.view(-1).split(2**14), t.reshape(-1).split(2**14)):
+            a.copy_(b)
+        return out
 
     return dtype, device, convert
 
