@@ -1775,11 +1775,12 @@ def test_similarity_of_the_demo():
 
 # --------------------------------------------------------------------------------------- the README
 def test_readme_audit_table_is_that_of_the_mutations():
-    """Each row names a function, the tests that must fail, and the number of changes tried."""
+    """Each row names a function, tests that must fail (not all of many), and the changes tried."""
     text = (HERE / "README.md").read_text("utf-8")
     rows = re.findall(r"^\| (.+) \| `([\w.]+)` \| (`test_[^|]+`) \| (\d+) \|$", text, re.M)
     assert all(callable(pkgutil.resolve_name(path)) for _, path, *_ in rows)
     told = {row: (int(n), set(re.findall(r"`(\w+)`", tests))) for row, _, tests, n in rows}
     want = mutations.rows_of(mutations.changes()).items()
-    assert told == {row: (n, set(tests)) for row, (n, tests) in want}
+    assert {row: n for row, (n, _) in told.items()} == {row: n for row, (n, _) in want}
+    assert all(told[row][1] <= set(tests) for row, (_, tests) in want)
     assert all(n >= 4 for n, _ in told.values())
