@@ -393,7 +393,7 @@ def test_report_clears_what_a_kill_left(world, finished, tmp_path, capsys, kept)
     write(out / "checkpoint.safetensors", "half")
     told = run_here(capsys, command(world, out))
     assert (out / "stages").exists() == kept and not (out / "checkpoint.safetensors").exists()
-    lines = world / "d" / "en-de.tsv"
+    lines = world / "d" / "dev" / "en-de.tsv"
     assert f"python -m tools search {out}/student {lines} 'what to look for'" in told
     assert told.endswith(f"python -m tools export {out}/student {out}/export\n")
 
