@@ -470,7 +470,7 @@ def test_run_takes_an_empty_world_size_for_one(tmp_path, monkeypatch):
     ],
 )
 def test_unused_names_the_flags_without_effect(flags, idle, capsys):
-    M.note.cache_clear()
+    data.note.cache_clear()
     train.parse(flags)
     said = capsys.readouterr().err
     note = f"note: {', '.join(idle.split())}: not used with these stages and sizes\n"
@@ -483,7 +483,7 @@ def test_sts_files_names_what_is_not_read(world, finished, tmp_path, capsys):
     shutil.copytree(world / "d", place)
     for name in ("STS.en-DE.txt", "sts-en-fr.txt", "README.md", "dataset_infos.json"):
         write(place / "sts" / name, "x")
-    M.note.cache_clear()
+    data.note.cache_clear()
     assert list(data.sts_files(place / "sts")) == ["en-de"]
     said = capsys.readouterr().err
     assert "STS.en-DE.txt" in said and "sts-en-fr.txt" in said and "README.md" in said
