@@ -393,7 +393,7 @@ def test_report_clears_what_a_kill_left(world, finished, tmp_path, capsys, kept)
     write(out / "checkpoint.safetensors", "half")
     told = run_here(capsys, command(world, out))
     assert (out / "stages").exists() == kept and not (out / "checkpoint.safetensors").exists()
-    lines = world / "d" / "en-de.tsv"
+    lines = world / "d" / "dev" / "en-de.tsv"
     assert f"python -m tools search {out}/student {lines} 'what to look for'" in told
     assert told.endswith(f"python -m tools export {out}/student {out}/export\n")
 
@@ -470,7 +470,7 @@ def test_run_takes_an_empty_world_size_for_one(tmp_path, monkeypatch):
     ],
 )
 def test_unused_names_the_flags_without_effect(flags, idle, capsys):
-    M.note.cache_clear()
+    data.note.cache_clear()
     train.parse(flags)
     said = capsys.readouterr().err
     note = f"note: {', '.join(idle.split())}: not used with these stages and sizes\n"
@@ -483,7 +483,7 @@ def test_sts_files_names_what_is_not_read(world, finished, tmp_path, capsys):
     shutil.copytree(world / "d", place)
     for name in ("STS.en-DE.txt", "sts-en-fr.txt", "README.md", "dataset_infos.json"):
         write(place / "sts" / name, "x")
-    M.note.cache_clear()
+    data.note.cache_clear()
     assert list(data.sts_files(place / "sts")) == ["en-de"]
     said = capsys.readouterr().err
     assert "STS.en-DE.txt" in said and "sts-en-fr.txt" in said and "README.md" in said
