@@ -23,13 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-from tokenizers.models import Unigram
+from tokenizers import Tokenizer, models
 from torch import nn
 
+
 # ----------------------------------------------------------------------------------------- errors
-
-
 class InputError(Exception):
     """What the user gave cannot be used: the message names it, what was expected, and the fix."""
 
@@ -137,7 +135,8 @@ class Linear(Int8Weight, nn.Linear):
 
     def forward(self, x, activation="identity"):
         weight = self.weight.to(x.dtype)
-        weight = weight * self.scale.to(x.dtype)[:, None] if hasattr(self, "scale") else weight
+        if hasattr(self, "scale"):  # in x's dtype: float32 products would take half as long again
+            weight = weight * self.scale.to(x.dtype)[:, None]
         bias = None if self.bias is None else self.bias.to(x.dtype)
         fused = {"identity": "none", "gelu": "gelu"}.get(activation)
         if fused and not torch.is_grad_enabled() and has_onednn(x.device.type, x.dtype):
@@ -201,11 +200,8 @@ class Embeddings(nn.Module):
 
 
 def plain_attention(q, k, v, attn_mask, dropout=0.0):
-    """softmax(q k' / sqrt(d) + attn_mask) v; q, k, v (N, h, T, d), attn_mask of Encoder.hidden.
-
-    The path on a CPU at sentence lengths, where SDPA costs more than these two products, and in
-    training at any, where its backward pass does, too.
-    """
+    """softmax(q k' / sqrt(d) + attn_mask) v; q, k, v (N, h, T, d), attn_mask of Encoder.hidden. On
+    a CPU SDPA costs more than these two products: at sentence lengths, and in training at any."""
     T = k.shape[2]
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (N, h, T, T)
     scores = scores if attn_mask is None else scores + attn_mask
@@ -361,8 +357,7 @@ class Encoder(nn.Module):
         """Vectors (n, width) float32, in input order, of tokenised sentences; before any Normalize.
 
         Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory
-        stays bounded. progress: called with (done, all). most: sentences at once.
-        """
+        stays bounded. progress: called with (done, all). most: sentences at once."""
         lengths, was_training = np.diff(starts), self.training
         self.eval()
         # Measured: a thread's activations should stay in its cache, a GPU wants to be filled.
@@ -392,8 +387,7 @@ class Encoder(nn.Module):
 
         texts: any iterable of str. normalize: unit vectors; prompt: put before every text; None:
         as the model's files say. progress: called with (done, all), such as data.meter("encode").
-        batch: texts at once, at most. Raises: InputError with the index of what is no text.
-        """
+        batch: texts at once, at most. Raises: InputError with the index of what is no text."""
         single = isinstance(texts, str)
         texts = [texts] if single else list(texts)
         for i, t in enumerate(texts):
@@ -411,8 +405,7 @@ class Encoder(nn.Module):
         weights: by our names; None: its own, in float32, int8 ones as they are. new: refuse a
         folder that is there. Names in the files are Hugging Face's.
         Raises: InputError, before anything is written, if the folder is there or a weight is not
-        finite; OSError where it cannot be written, such as to a full disk.
-        """
+        finite; OSError where it cannot be written, such as to a full disk."""
         folder = Path(folder)
         need(not new or not folder.exists(), f"{folder}: is there already; choose another folder")
         if weights is None:
@@ -435,10 +428,8 @@ class Encoder(nn.Module):
 
 def put(array, device):
     """A numpy array as a tensor on a device; a copy to a GPU does not wait for what it is doing."""
-    t = torch.from_numpy(array)
-    if torch.device(device).type == "cuda":
-        return t.pin_memory().to(device, non_blocking=True)
-    return t.to(device)
+    t, on_gpu = torch.from_numpy(array), torch.device(device).type == "cuda"
+    return (t.pin_memory() if on_gpu else t).to(device, non_blocking=on_gpu)
 
 
 def unit(x):
@@ -461,8 +452,7 @@ def read_safetensors(path, convert=None, fix=". Fetch or export it again"):
     """(tensors by name, metadata) of a safetensors file. Raises: InputError with the reason.
 
     Tensors are views of a private mapping of the file: a page costs memory when it is used.
-    convert: called with (name, tensor) of one after the other, gives what is kept instead.
-    """
+    convert: called with (name, tensor) of one after the other, gives what is kept instead."""
     with reading(path, "a valid safetensors file", fix):
         with open(path, "rb") as f:
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -501,10 +491,8 @@ def _check_entry(name, entry, at, size):
 
 
 def write_safetensors(path, tensors, meta=None):
-    """Write tensors by name as one safetensors file; equal tensors give equal bytes.
-
-    Raises: OSError; then the file is as it was before, and a part of PATH.new may be there.
-    """
+    """Write tensors by name as one safetensors file; equal tensors give equal bytes. Raises:
+    OSError, and then the file is as it was before, and a part of PATH.new may be there."""
     new, names = Path(f"{path}.new"), {v: k for k, v in DTYPES.items()}
     # Widest dtypes first keeps every tensor aligned to its own item size; names break ties.
     order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))
@@ -551,6 +539,16 @@ def to_hf(state):
         names = [name.replace("qkv", part) for part in QKV] if "qkv" in name else [name]
         out.update(zip(names, t.chunk(len(names))))
     return out
+
+
+def join(parts, dtype):
+    """Tensors (m, ...) of one shape, copied one after the other: (len(parts) * m, ...); in pieces
+    for which torch starts no threads, as a process forked then would wait for them for ever."""
+    out = parts[0].new_empty((len(parts), *parts[0].shape), dtype=dtype)
+    for part, place in zip(parts, out):
+        for a, b in zip(place.view(-1).split(2**14), part.reshape(-1).split(2**14)):
+            a.copy_(b)
+    return out.view(-1, *parts[0].shape[1:])
 
 
 def from_hf(tensors):
@@ -640,19 +638,15 @@ def check_config(folder, said, pad_id):
         need(all(known) and all(type(bias) is bool for *_, bias in dense), values["dense"])
     values |= {"pad_token_id": pad_id, "dense": dense}
     config = Config(**{f.name: values[f.name] for f in fields(Config)})
-    positions = config.max_position_embeddings
-    longest = min(config.max_seq_length, positions - config.first_position)
-    expect(longest > 2, "max_seq_length", f"over 2, within the {positions} positions")
+    longest = min(config.max_seq_length, config.max_position_embeddings - config.first_position)
+    expect(longest > 2, "max_seq_length", "over 2, and a position for each token")
     return replace(config, max_seq_length=longest)
 
 
 def read_tokenizer(folder):
-    """(tokenizer, pad id) of a folder: tokenizer.json, and the pad token that its files name.
-
-    The pad id is the tokenizer's, not config.json's: it fills batches, and RoBERTa counts positions
-    from it; the authors' MiniLM says 0 there, which is <s>.
-    Raises: InputError where there is no pad token of its own, or no start and end are added.
-    """
+    """(tokenizer, pad id) of a folder: tokenizer.json, and the pad token that its files name, not
+    config.json's pad id: it fills batches, RoBERTa counts positions from it, and the authors'
+    MiniLM says 0, which is <s>. Raises: InputError without a pad token, or start and end."""
     file = Path(folder, "tokenizer.json")
     beside = [file.with_name(n) for n in ("special_tokens_map.json", "tokenizer_config.json")]
     names = [read_json(f).get("pad_token") for f in beside if f.exists()]
@@ -693,15 +687,11 @@ def arithmetic(dtype, device, train):
     copy = train or torch.device(device).type != "cpu"
 
     def convert(name, t):
-        # A table that is not copied stays as the file stores it: rows are widened when looked up.
-        stays = t.dtype == stored or name.endswith(TABLE)
-        if not t.is_floating_point() or name.endswith(".scale") or stays and not copy:
-            return t
-        out = torch.empty(t.shape, dtype=stored)
-        # So little at once that torch starts no threads, for which forked processes would wait.
-        for a, b in zip(out.view(-1).split(2**14), t.reshape(-1).split(2**14)):
-            a.copy_(b)
-        return out
+        # Neither int8 weights nor their steps, which, rounded, would move whole rows; and a table
+        # that is not copied stays as the file stores it: rows are widened when looked up.
+        fixed = not t.is_floating_point() or name.endswith(".scale")
+        same = t.dtype == stored or name.endswith(TABLE)
+        return t if fixed or same and not copy else join([t], stored).view(t.shape)
 
     return dtype, device, convert
 
@@ -710,7 +700,9 @@ def assemble(folder, config, tokenizer, state, dtype, device, train):
     """The Encoder of what was read from a folder. state: its weights, by our names. Raises:
     InputError where tokenizer, config and weights are not of one model."""
     ids = [tokenizer.get_vocab_size() - 1, *tokenizer.get_added_tokens_decoder()]
-    if not isinstance(tokenizer.model, Unigram):  # the one without gaps; listing it takes a while
+    if not isinstance(
+        tokenizer.model, models.Unigram
+    ):  # the one without gaps; listing it takes a while
         ids += tokenizer.get_vocab().values()
     if max(ids) >= config.vocab_size:
         few = f"token ids up to {max(ids)}, but the word table has {config.vocab_size} rows"
@@ -736,8 +728,7 @@ def load(folder, dtype=None, device=None, train=False):
 
     dtype: of the arithmetic, 'float32', 'bfloat16' or None, the best on this device. train: with
     float32 weights whatever the dtype. No code is run from a file.
-    Raises: InputError naming the file and the fix for anything missing, damaged or unsupported.
-    """
+    Raises: InputError naming the file and the fix for anything missing, damaged or unsupported."""
     folder = Path(folder)
     need(folder.is_dir(), f"{folder}: no such model directory")
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
