@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import checks.pairs
 import data
 import model as M
 import msd
@@ -632,6 +633,8 @@ def read_inputs(run):
         run.corpus = data.build_corpus(train, args.cache, extra, args.max_chars, most)
         run.dev = data.build_corpus(dev, args.cache, (), args.max_chars) if dev else None
     run.say("\n".join(run.corpus.describe(most)))
+    for line in checks.pairs.check(run.corpus, run.dev, run.sts, args.sts):
+        run.say(line)
     for k in args.stages:
         dropped = f"all lines of --train up to --max-lines {args.max_lines[k - 1]} were dropped"
         need(stage_pairs(run, k).size, f"stage {k} has no pairs: {dropped}")
