@@ -103,8 +103,12 @@ def look(corpus, start, end):
         block = {"begin": begin, "end": begin + n, "votes": votes(sides)}
         block["distinct"] = [len(np.unique(side)) for side in ids.T]
         block["words"] = [sum(map(len, side)) / n for side in sides]
-        if n == BLOCK and min(block["distinct"]) > BLOCK / 5:
-            block["score"], block["offset"], block["loose"] = alignment(*sides)
+        # Of lines with a sentence again, as of its other translations, one is enough.
+        once = np.intersect1d(*(np.unique(side, return_index=True)[1] for side in ids.T))
+        if len(once) >= BLOCK / 2:
+            score, offset, loose = alignment(*([side[i] for i in once] for side in sides))
+            offset = offset if len(once) == n else None  # in lines
+            block |= {"score": score, "offset": offset, "loose": loose}
         blocks.append(block)
     return blocks
 
@@ -173,7 +177,8 @@ def fault(corpus, file, start, end, blocks):
         bad = [block for block in blocks if test(block)]
         return bad if len(bad) >= max(1, min(2, len(blocks) // 2)) else []
 
-    if stretch(np.concatenate([block["votes"] for block in blocks]))[2] >= 10:
+    votes = np.concatenate([block["votes"] for block in blocks])
+    if stretch(votes)[2] >= 10 or (votes < 0).sum() >= max(10, 0.2 * np.abs(votes).sum()):
         bad = [block for block in blocks if block["votes"].sum() < 0] or blocks
         return bad, *exchanged(corpus, start, end, file)
     if bad := some(lambda b: 20 * min(b["distinct"]) <= max(b["distinct"])):
