@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I leave it out
 
+import checks.pairs
 import data
 import model as M
 import msd
@@ -668,6 +669,8 @@ def read_inputs(run):
         run.corpus = read(files["train"], extra=files["extra"], max_lines=most)
         run.dev = read(files["dev"]) if files["dev"] else None
     run.say("\n".join(run.corpus.describe(most)))
+    for line in checks.pairs.check(run.corpus, run.dev, run.sts, sts):
+        run.say(line)
     for k in args.stages:
         dropped = f"all lines of --train up to --max-lines {args.max_lines[k - 1]} were dropped"
         need(stage_pairs(run, k).size, f"stage {k} has no pairs: {dropped}")

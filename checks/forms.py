@@ -123,8 +123,8 @@ def leaves(value, path="r"):
     """Yield all strings in a value of JSON: (how to reach it from r, string)."""
     if isinstance(value, str):
         yield path, value
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, part in items if isinstance(value, (dict, list)) else ():
+    items = enumerate(value) if isinstance(value, list) else ()
+    for key, part in value.items() if isinstance(value, dict) else items:
         yield from leaves(part, f"{path}[{json.dumps(key, ensure_ascii=False)}]")
 
 
@@ -176,7 +176,7 @@ def from_cells(path, lines):
     """
     for mark, name in (("\t", "columns"), ("|||", "text with |||"), (",", "CSV"), (";", "CSV")):
         marked = [line for line in lines if mark in line]
-        if len(marked) <= len(lines) / 2:
+        if len(marked) <= len(lines) / 4:  # a cell may go on in the next line
             continue
         quoted = sum(line.strip()[-1:] == '"' or f'"{mark}' in line for line in marked)
         is_csv = name == "CSV" or mark == "\t" and quoted > len(marked) / 2
@@ -184,7 +184,8 @@ def from_cells(path, lines):
         rows = [row for row in rows if row]
         width, n = Counter(map(len, rows)).most_common(1)[0]
         found = text_columns(rows)
-        if width < 2 or n < 0.8 * len(rows) or len(found) < 2:
+        wrong = is_csv or mark != "\t" or width > 2  # two columns between tabs are what is wanted
+        if width < 2 or n < 0.8 * len(rows) or len(found) < 2 or not wrong:
             continue
         a, b = found
         if is_csv:
@@ -207,6 +208,8 @@ def fix_of(path, lines):
         return f" Keep two columns: {command}"
     if name:
         return f" It is {name}. Convert it: {command}"
+    if sum(bool(re.search(TWICE, line)) for line in lines) > len(lines) / 100:
+        return f" It was decoded twice. Mend it: {piped(path, MEND)}"
     if not any("\t" in line for line in lines) and (command := from_moses(path)):
         return f" It is one of Moses' two files. Put them side by side: {command}"
     return ""

@@ -1,0 +1,368 @@
+"""Wrong pairs are found before a run trains on them: forms, sides, alignment, leaks."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+import data
+import model as M
+from checks import pairs
+from demo import corpus as demo
+from test_msd import CASES, HERE, SHARED, needs_cases, write
+
+needs_data = pytest.mark.skipif(
+    not (SHARED / "data").exists(), reason="no shared/data beside the checkout"
+)
+
+
+def run(command):
+    """Run a printed command, and read the pairs of the file that it writes."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "LC_ALL": "C"}
+    subprocess.run(command, shell=True, check=True, cwd=HERE, env=env)
+    new = shlex.split(command)[-1]
+    return [tuple(sides) for _, *sides in data.read_pairs(Path(new), {})]
+
+
+def command_of(message):
+    return re.split(r"(?:it|side|columns|back|as): (?=python|awk|cut|zcat|paste|cat)", message)[-1]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """{language: pairs} of the built-in corpus, and its folder."""
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    demo.write_demo(folder, sentences=600, dev=100, scored=5, teacher=1)
+    read = {x: [*data.read_pairs(folder / "train" / f"en-{x}.tsv", {})] for x in demo.LANGUAGES}
+    return {x: [(a, b) for _, a, b in some] for x, some in read.items()}, folder
+
+
+def tsv(rows):
+    return "".join("\t".join(map(str, row)) + "\n" for row in rows)
+
+
+def csv_of(rows, **options):
+    csv.writer(f := io.StringIO(), lineterminator="\n", **options).writerows(rows)
+    return f.getvalue()
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=i % 2) + "\n" for i, row in enumerate(rows))
+
+
+def tmx(rows, attribute="xml:lang", codes=("EN-US", "de")):
+    unit = "<tuv {0}='{1}'><seg>{2}</seg></tuv>\n"
+    units = (
+        "<tu>\n\t" + "".join(unit.format(attribute, c, s) for c, s in sides) + "</tu>\n"
+        for sides in (list(zip(codes, row))[:: -1 if i % 2 else 1] for i, row in enumerate(rows))
+    )
+    return f"<?xml version='1.0'?>\n<tmx version='1.4'><header/><body>{''.join(units)}</body></tmx>"
+
+
+PAIRS = [
+    (f'The dog number {i}, and "not" the cat; you know.', f'Der Hund {i} und „nicht“, "die" Katze.')
+    for i in range(30)
+]
+PLAIN = [
+    (f"The dog {i} sees you and the cat.", f"Der Hund {i} sieht eine Katze.") for i in range(9)
+]
+URL = "https://example.org/a"
+FORMS = {
+    "csv": ("CSV", csv_of(PAIRS)),
+    "csv-all-quoted": ("CSV", csv_of(PLAIN, quoting=csv.QUOTE_ALL)),
+    "csv-header-bom": ("CSV", "\ufeff" + csv_of([("english", "german"), *PAIRS])),
+    "csv-id-german-first": ("CSV", csv_of((i, b, a) for i, (a, b) in enumerate(PAIRS))),
+    "csv-semicolon": ("CSV", csv_of(PAIRS, delimiter=";")),
+    "csv-line-ends": ("CSV", csv_of((a.replace(" ", "\n", 1), b) for a, b in PAIRS)),
+    "tsv-quoted": ("CSV", csv_of(PAIRS, delimiter="\t", quoting=csv.QUOTE_ALL)),
+    "json-flat": ("JSON", jsonl({"id": i, "de": b, "en": a} for i, (a, b) in enumerate(PAIRS))),
+    "json-nested": (
+        "JSON",
+        jsonl({"id": "x", "translation": {"en": a, "de": b}} for a, b in PAIRS),
+    ),
+    "json-odd-keys": ("JSON", jsonl({"the 'en'": a, 'ü"$': b} for a, b in PAIRS)),
+    "json-lists": ("JSON", jsonl(PAIRS)),
+    "json-set": ("JSON", jsonl({"set": row} for row in PAIRS)),
+    "json-one-list": ("JSON", json.dumps([{"en": a, "de": b} for a, b in PAIRS], indent=1)),
+    "tmx": ("TMX", tmx(PLAIN)),
+    "tmx-old": ("TMX", tmx(PLAIN, "lang", ("en", "ZH-cn"))),
+    "bars": ("text with |||", "".join(f"{a} ||| {b}\n" for a, b in PAIRS)),
+    "bars-scores": ("text with |||", "".join(f"{b}|||{a}|||0.5 0.1\n" for a, b in PAIRS)),
+    "score-first": ("", tsv((1.2 - i / 99, *row) for i, row in enumerate(PAIRS))),
+    "score-first-german": ("", tsv((i / 9, b, a) for i, (a, b) in enumerate(PAIRS))),
+    "score-last": ("", tsv((*row, i / 9) for i, row in enumerate(PAIRS))),
+    "ids": ("", tsv((i, a, 1000 + i, b) for i, (a, b) in enumerate(PAIRS))),
+    "ids-words": ("", tsv((f"tatoeba-{i}", a, f"news-{i}", b) for i, (a, b) in enumerate(PAIRS))),
+    "codes": ("", tsv(("en", "de", *row) for row in PAIRS)),
+    "addresses": ("", tsv((URL, URL + str(i), *row, 0.7) for i, row in enumerate(PAIRS))),
+    "two-tabs": ("", tsv((a, "", b) for a, b in PAIRS)),
+    "tab-at-the-end": ("", tsv((*row, "") for row in PAIRS)),
+    "licence-last": ("", tsv((*row, f"CC-BY (France) #{i} (CK)") for i, row in enumerate(PAIRS))),
+    "two-lines": ("", tsv((i, *row) for i, row in enumerate(PLAIN[:2]))),
+}
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gz"])
+@pytest.mark.parametrize("kind", FORMS)
+def test_fix_of_gives_the_pairs(tmp_path, kind, pack):
+    """The file is named, and its command, run as it is printed, gives the pairs."""
+    name, text = FORMS[kind]
+    suffix = ".gz" if pack is gzip.compress else ""
+    file = write(tmp_path / "l'  été" / f"en-de.x{suffix}", pack(text.encode()))
+    with pytest.raises(M.InputError) as e:
+        list(data.read_pairs(file, {}))
+    assert (f"t is {name}. Convert it: " if name else "Keep two columns: ") in str(e.value)
+    got = run(command_of(str(e.value)))
+    right = [(a, b) for a, b in PAIRS + PLAIN if (a, b) in got]
+    assert got == right and len(got) == len(
+        PLAIN[:2] if kind == "two-lines" else PLAIN if "tmx" in kind or "all-q" in kind else PAIRS
+    )
+
+
+@pytest.mark.parametrize(
+    "names", ["c.en c.de", "en.txt de.txt", "c.de-en.en.gz c.de-en.de.gz", "c.en_XX c.de_DE.gz"]
+)
+def test_fix_of_moses(tmp_path, names):
+    for name, side in zip(names.split(), zip(*PLAIN)):
+        text = "".join(f"{s}\n" for s in side).encode()
+        if name.endswith(".gz") and "_" not in name:
+            text = gzip.compress(text)
+        file = write(tmp_path / name.removesuffix(".gz" * ("_" in name)), text)
+    for file in sorted(tmp_path.iterdir()):
+        with pytest.raises(M.InputError, match="It is one of Moses' two files") as e:
+            list(data.read_pairs(file, {}))
+        assert run(command_of(str(e.value))) == PLAIN
+        Path(shlex.split(command_of(str(e.value)))[-1]).unlink()
+    file.unlink()
+    with pytest.raises(M.InputError, match="no tab") as e:
+        list(data.read_pairs(next(tmp_path.iterdir()), {}))
+    assert "Moses" not in str(e.value)
+
+
+def test_refuse_bad_scores(tmp_path):
+    for side in ("0.98", "tatoeba-17", "https://a.b/c", "17", "1,200"):
+        for row in ((side, "The dog sleeps."), ("The dog sleeps.", side)):
+            with pytest.raises(M.InputError, match="found scores or ids, such as") as e:
+                list(data.read_pairs(write(tmp_path / "a.tsv", tsv([row] * 30)), {}))
+            assert f"column {row.index(side) + 1}:" in str(e.value)
+    few = tsv([("17", "17"), *PLAIN])
+    assert len([*data.read_pairs(write(tmp_path / "a.tsv", few), {})]) == 1 + len(PLAIN)
+
+
+SPECIAL = [
+    (f"You said ‘no’ – {i} cats & the dogs…", f"Er sagte „größer“ – {i} Mädchen & ihr €…")
+    for i in range(50)
+]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gz"])
+@pytest.mark.parametrize(
+    "kind, damage",
+    [
+        ("HTML entities", lambda s: "".join(c if c.isascii() else f"&#{ord(c)};" for c in s)),
+        ("HTML entities", lambda s: s.replace("&", "&amp;amp;").replace("ä", "&auml;")),
+        ("HTML entities", lambda s: s.replace("&", "&#x26;").replace(" cats", "&#10;cats")),
+        ("text that was decoded twice", lambda s: s.encode().decode("cp1252")),
+        ("text that was decoded twice", lambda s: s.encode().decode("latin-1")),
+    ],
+)
+def test_describe_mends(tmp_path, pack, kind, damage):
+    """Damage is counted; the command that is printed mends it."""
+    rows = [tuple(map(damage, row)) for row in SPECIAL]
+    file = write(tmp_path / "en-de.tsv", pack(tsv(rows).encode()))
+    try:
+        told = [*data.build_corpus([file], tmp_path / "cache").describe(10**9)]
+        line = next(line for line in told if kind in line)
+        assert line.startswith("  warning: 100.0%: ")
+    except M.InputError as e:  # Latin-1 leaves control characters
+        line = str(e)
+        assert "decoded twice" in kind and "It was decoded twice. Mend it: " in line
+    assert run(line.split("end it: ")[1]) == SPECIAL
+
+
+def test_suspicions_of_right_text():
+    """What looks like damage and is none."""
+    for text in (
+        "« Voilà » dit-il, « là\u00a0»",
+        "AT&T; R&D; Q&A",
+        "Was für ein Spaß“, „heiß“",
+        "SÃO PAULO, É “bom”… “É”, Å–Ä",
+        "ÇA ÉTÉ; CAFÉ’S",
+        "дом & сад – “да”",
+        "x &lt y",
+    ):
+        odd = [*data.suspicions(f"{text}\tb", text, "b")]
+        assert odd in ([], ["twice"]) and ("twice" in odd) == ("É”" in text or "É’" in text)
+
+
+def test_read_lines_composes(tmp_path):
+    """A letter with its accent in two characters, as macOS writes it, is the same sentence."""
+    rows = [(f"Café {i}", f"Über größe é {i}") for i in range(9)]
+    for form in ("NFC", "NFD"):
+        file = write(tmp_path / f"{form}.tsv", unicodedata.normalize(form, tsv(rows)))
+        assert [tuple(sides) for _, *sides in data.read_pairs(file, {})] == rows
+    files = [tmp_path / f"{form}.tsv" for form in ("NFC", "NFD")]
+    assert len(data.build_corpus(files, tmp_path / "cache").first) == 18
+
+
+# --------------------------------------------------------------------- sides, alignment, leaks
+def checked(folder, files, dev=None, sts=None, sts_folder=None):
+    """The lines of the report on {name: pairs}."""
+    paths = [write(folder / name, tsv(rows)) for name, rows in files.items()]
+    corpus = data.build_corpus(paths, folder.parent / "cache")
+    return corpus, [*pairs.check(corpus, dev, sts, sts_folder)]
+
+
+WRONG = {  # what is done to right pairs; the words of the error; what its command gives back
+    "exchanged": (lambda p: [(b, a) for a, b in p], "English is the second side", lambda p: p),
+    "exchanged from": (
+        lambda p: p[:85] + [(b, a) for a, b in p[85:]],
+        r"English is the second side in lines 86 to",
+        lambda p: p,
+    ),
+    "exchanged amid": (
+        lambda p: p[:60] + [(b, a) for a, b in p[60:130]] + p[130:],
+        r"English is the second side in lines 61 to 130",
+        lambda p: p,
+    ),
+    "exchanged mixed": (
+        lambda p: [row[:: 1 if i % 2 else -1] for i, row in enumerate(p)],
+        r"English is the second side of [45]\d% of its lines",
+        None,
+    ),
+    "a line lost": (
+        lambda p: [(a[0], b[1]) for a, b in zip(p, p[1:])],
+        "do not translate each other: the translation of line n stands in line n-1",
+        lambda p: p[1:-1],
+    ),
+    "three lines added": (
+        lambda p: [(a[0], b[1]) for a, b in zip(p[3:], p)],
+        r"the translation of line n stands in line n\+3",
+        lambda p: p[3:-3],
+    ),
+    "a line lost amid": (
+        lambda p: p[:90] + [(a[0], b[1]) for a, b in zip(p[90:], p[91:])],
+        r"do not translate each other in lines \d+ to \d+: .* line n-1.* a line is missing",
+        None,
+    ),
+    "sorted": (
+        lambda p: list(zip([a for a, _ in p], sorted(b for _, b in p))),
+        "do not translate each other, such as .*Align",
+        None,
+    ),
+    "constant": (lambda p: [(p[0][0], b) for _, b in p], "one side has 1 sentences to 100", None),
+    "constant from": (
+        lambda p: p[:90] + [(a, p[0][1]) for a, _ in p[90:]],
+        r"one side has 1 sentences to 100 of the other in lines",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("language", ["de", "nl", "ar", "tr"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_check_refuses(tmp_path, made, kind, language):
+    """From 200 lines on, alone or among right files; the command gives the pairs back."""
+    wrong, message, mended = WRONG[kind]
+    right = made[0][language]
+    for n, others in ((200, {}), (600, {"en-es.tsv": made[0]["es"]})):
+        name = f"en-{language}.tsv"
+        with pytest.raises(M.InputError, match=f"{name}: .*{message}") as e:
+            checked(tmp_path / str(n), {name: wrong(right[:n]), **others})
+        assert str(e.value).count("<TAB>") == 3 and "\n" not in str(e.value)
+        if mended:
+            assert run(command_of(str(e.value))) == mended(right[:n])
+
+
+def test_check_passes(tmp_path, made):
+    """Right files, and those too odd to judge, go through; the report is in the corpus, too."""
+    texts, folder = made
+    right = {f"en-{x}.tsv": rows[:200] for x, rows in texts.items()}
+    words = sorted({w for a, _ in texts["de"] for w in a.lower().strip(".").split()})
+    odd = {
+        "words.tsv": [(w, f"{w[::-1]}a") for w in words] * 3,  # says nothing of its order
+        "few.tsv": texts["de"][:30],
+        "many.tsv": [(a, f"{b} {i}") for a, b in texts["fr"][:70] for i in range(4)],  # versions
+        "twice.tsv": [row for row in texts["it"][:150] for _ in (0, 1)],
+    }
+    corpus, told = checked(tmp_path / "a", right | odd)
+    assert len(told) == 1 + len(right) + len(odd)  # the table, no warning
+    for r in corpus.report:
+        if r["file"] in right:
+            assert r["english first"] == 1 and r["score"] > 2 * pairs.SURE and r["loose"] < 0.1
+        assert r["repeated"] == {"twice.tsv": 150}.get(r["file"], r["repeated"])
+    line = next(line for line in told if line.endswith("en-de.tsv"))
+    assert line.split()[0] == "200" and "100.0%" in line
+    mixed = [row[:: -1 if i % 20 == 0 else 1] for i, row in enumerate(texts["de"])]
+    _, told = checked(tmp_path / "b", {"en-de.tsv": mixed})
+    assert "en-de.tsv: English is second in 5%" in told[-1]
+    loose = texts["de"][:]
+    for i in range(0, 600, 5):
+        loose[i] = (loose[i][0], texts["de"][(7 * i + 300) % 600][1])
+        loose[i + 1] = (loose[i + 1][0], texts["de"][(11 * i + 200) % 600][1])
+    _, told = checked(tmp_path / "c", {"en-de.tsv": loose})
+    assert "of its lines fit no better than others" in told[-1]
+
+
+def test_check_finds_leaks(tmp_path, made):
+    """Held-out sentences in the training text are counted whatever their case, spaces and signs;
+    the command drops them."""
+    texts, folder = made
+    train, held = texts["de"], texts["de"][:40]
+    changed = [(f"“{a.upper()}”", b.replace(" ", "  ").rstrip(".") + " !") for a, b in held]
+    new = [*data.read_pairs(folder / "dev" / "en-de.tsv", {})]
+    dev = write(tmp_path / "dev" / "en-de.tsv", tsv(changed + [(a, b) for _, a, b in new]))
+    write(tmp_path / "sts" / "STS.en-de.txt", f"{train[50][0]}\tx y\t1\nno one's\tz\t2\n")
+    sts, dev = data.read_sts(tmp_path / "sts"), data.build_corpus([dev], tmp_path / "cache")
+    corpus, told = checked(tmp_path / "train", {"en-de.tsv": train}, dev, sts, tmp_path / "sts")
+    assert "  81 of 284 sentences of --dev and --sts are in the training text" in told[-2]
+    assert corpus.report[0]["leaks"] == 41 and "warning: so are 29% of " in told[-1]
+    assert run(told[-1].split("such as: ")[1]) == train[40:50] + train[51:]
+    corpus, told = checked(tmp_path / "train", {"en-de.tsv": train[60:]}, dev, sts, tmp_path)
+    assert told[-1].startswith("  0 of 284 ")
+
+
+@needs_cases
+@pytest.mark.parametrize("name", ["clean", "swapped", "shifted"])
+def test_check_of_cases(tmp_path, name):
+    corpus = data.build_corpus([CASES / "data" / f"en-de.{name}.tsv"], tmp_path)
+    if name == "clean":
+        assert len([*pairs.check(corpus)]) == 2  # no warning
+        return
+    with pytest.raises(M.InputError, match="second side" if name == "swapped" else "line n-1"):
+        list(pairs.check(corpus))
+
+
+@needs_data
+@pytest.mark.parametrize("n", [200, 2000])
+def test_check_of_real_text(tmp_path, n):
+    """Every file right way round passes, every exchanged or shifted one is found."""
+    for path in sorted(SHARED.glob("data*/train/*.tsv.gz")):
+        rows = [row for _, *row in data.read_pairs(path, {}, max_lines=n)]
+        corpus, told = checked(tmp_path / "right", {path.stem: rows})
+        assert len(told) == 2
+        for kind in ("exchanged", "exchanged from", "a line lost", "a line lost amid", "constant"):
+            wrong, message, _ = WRONG[kind]
+            with pytest.raises(M.InputError, match=message):
+                checked(tmp_path / kind, {path.stem: wrong([*map(tuple, rows)])})
+
+
+def test_spaced_takes_a_sample(monkeypatch):
+    """Of text without spaces; other text is all there."""
+    monkeypatch.setattr(data, "UNSPACED", 100)
+    words = [f"ein Satz mit Wörtern {i}" for i in range(99)]
+    signs = ["我爱看足球" * 4] * 50
+    both = [text for two in zip(words, signs) for text in two]
+    assert [t for t in data.spaced(both) if t in words] == words[:50]
+    assert sum(t in signs for t in data.spaced(both)) == 5
+    assert [*data.spaced(words)] == words
