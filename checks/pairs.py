@@ -27,15 +27,15 @@ from data import read_lines
 from model import InputError
 
 BLOCK, BLOCKS = 100, 16  # lines that are compared with each other; such blocks of a file
-SURE = 8  # standard deviations; measured in ten languages: right blocks have 17 and more, shifted
-# ones 5 at most
+SURE = (
+    7  # standard deviations; in ten languages right blocks had 17 and more, wrong ones at most 5,
+)
+# and right ones of the built-in corpus, whose sentences are all alike, 10 and more
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # a sign is a word
 WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+|[?!]")
-LOOSE, MIXED = (
-    0.2,
-    0.02,
-)  # shares from which on there is a warning: of lines that fit no better than
-# others, of lines that have English second
+# Shares from which on there is a warning.
+LOOSE = 0.2  # lines that fit no better than others
+MIXED = 0.02  # lines with English second
 
 
 # ------------------------------------------------------------------------------ sides, alignment

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import data
@@ -366,3 +368,15 @@ def test_spaced_takes_a_sample(monkeypatch):
     assert [t for t in data.spaced(both) if t in words] == words[:50]
     assert sum(t in signs for t in data.spaced(both)) == 5
     assert [*data.spaced(words)] == words
+
+
+@pytest.mark.parametrize("dtype, row", [("<u4", ()), ("<i8", ()), ("<f2", (3,)), ("|u1", ())])
+@pytest.mark.parametrize("n", [0, 1, 1000])
+def test_array_file_is_numpys(tmp_path, dtype, row, n):
+    """Written row by row, it is the file that numpy writes at once, to the byte."""
+    rows = (np.arange(n * math.prod(row)) % 200).astype(dtype).reshape(n, *row)
+    with data.array_file(tmp_path / "a.npy", dtype, *row) as f:
+        for part in np.array_split(rows, 7):
+            f.write(part.tobytes())
+    np.save(tmp_path / "b.npy", rows)
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
