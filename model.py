@@ -12,7 +12,6 @@ B bottleneck, V vocabulary, K unique layers, R recurrences.
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import mmap
@@ -49,9 +48,6 @@ def is_out_of_memory(e):
 def reading(path, expected, fix=""):
     """Around what reads a file: any failure becomes one InputError line that names the file."""
     try:
-        small = Path(path).is_file() and Path(path).stat().st_size < 200
-        pointer = small and b"https://git-lfs" in Path(path).read_bytes()
-        need(not pointer, "a Git LFS pointer, not the file itself; run: git lfs pull")
         yield
     except InputError as e:  # whole: it may hold a command, and in it a path with two spaces
         raise InputError(f"{path}: not {expected}: {e}{fix}") from e
@@ -509,7 +505,7 @@ def write_safetensors(path, tensors, meta=None):
     # Widest dtypes first keeps every tensor aligned to its own item size; names break ties.
     order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))
     header = {"__metadata__": {"format": "pt", **(meta or {})}}
-    ends = [0, *itertools.accumulate(tensors[k].nbytes for k in order)]
+    ends = [0, *np.cumsum([tensors[k].nbytes for k in order], dtype=int).tolist()]
     for name, *span in zip(order, ends, ends[1:]):
         t = tensors[name]
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": span}
@@ -566,10 +562,10 @@ def from_hf(tensors):
     for name in [n for n in out if ".attention.self.query." in n]:
         parts = [out.pop(name.replace("query", part)) for part in QKV]
         joined = name.replace(".attention.self.query.", ".qkv.")
-        kinds = [f"{p.dtype} {list(p.shape)}" for p in parts]
-        need(len({*kinds}) == 1, f"{joined} has parts of several dtypes or sizes: {kinds}")
-        bytes_ = np.stack([p.contiguous().view(torch.uint8).numpy() for p in parts])
-        out[joined] = torch.from_numpy(bytes_).view(parts[0].dtype).flatten(0, 1)
+        kinds = {f"{p.dtype} {list(p.shape)}" for p in parts}
+        need(len(kinds) == 1, f"{joined} has parts of several dtypes or sizes: {kinds}")
+        raw = np.concatenate([p.contiguous().view(torch.uint8).numpy() for p in parts])
+        out[joined] = torch.from_numpy(raw).view(parts[0].dtype)
     return out
 
 
@@ -680,8 +676,7 @@ def best_dtype(device):
     else:
         cpu = torch.cpu
         what, has = "CPU", cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported()
-    name = "bfloat16" if has else "float32"
-    return name, f"the {what} has {'' if has else 'no '}bfloat16 units"
+    return "bfloat16" if has else "float32", f"the {what} has {'' if has else 'no '}bfloat16 units"
 
 
 def arithmetic(dtype, device, train):
@@ -694,11 +689,11 @@ def arithmetic(dtype, device, train):
 
     def convert(name, t):
         # A table that is not copied stays as the file stores it: rows are widened when looked up.
-        stays = t.dtype == stored or name.endswith(TABLE)
-        if not t.is_floating_point() or name.endswith(".scale") or stays and not copy:
+        stays = not copy and (t.dtype == stored or name.endswith(TABLE))
+        if stays or not t.is_floating_point() or name.endswith(".scale"):
             return t
         out = torch.empty(t.shape, dtype=stored)
-        # So little at once that torch starts no threads, for which forked processes would wait.
+        # So little at once that torch starts no threads, for which a forked process would wait.
         for a, b in zip(out.view(-1).split(2**14), t.reshape(-1).split(2**14)):
             a.copy_(b)
         return out
@@ -712,9 +707,8 @@ def assemble(folder, config, tokenizer, state, dtype, device, train):
     ids = [tokenizer.get_vocab_size() - 1, *tokenizer.get_added_tokens_decoder()]
     if not isinstance(tokenizer.model, Unigram):  # the one without gaps; listing it takes a while
         ids += tokenizer.get_vocab().values()
-    if max(ids) >= config.vocab_size:
-        few = f"token ids up to {max(ids)}, but the word table has {config.vocab_size} rows"
-        raise InputError(f"{folder / 'tokenizer.json'}: {few}; not of one model")
+    few = f"token ids up to {max(ids)}, but the word table has {config.vocab_size} rows"
+    need(max(ids) < config.vocab_size, f"{folder / 'tokenizer.json'}: {few}; not of one model")
     K = len({name.split(".")[1] for name in state if name.startswith("layers.")})
     if config.num_hidden_layers != K:  # before a wrong number of them is built
         wrong = f"num_hidden_layers is {config.num_hidden_layers}, expected {K}"
@@ -723,8 +717,7 @@ def assemble(folder, config, tokenizer, state, dtype, device, train):
         model = Encoder(config, tokenizer, dtype)
     with reading(folder / "model.safetensors", "the weights that config.json describes"):
         model.load_state_dict(state, assign=True)  # lists what is missing, unexpected, misshapen
-    if train and model.int8:
-        raise InputError(f"{folder}: int8 weights cannot be trained; take the float32 model")
+    need(not (train and model.int8), f"{folder}: int8 weights cannot be trained; take float32 ones")
     # cuDNN's attention builds a plan for every new shape, and each of our batches has a new one.
     if torch.device(device).type != "cpu":
         torch.backends.cuda.enable_cudnn_sdp(False)
