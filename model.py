@@ -12,6 +12,7 @@ B bottleneck, V vocabulary, K unique layers, R recurrences.
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import mmap
@@ -22,13 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-from tokenizers.models import Unigram
+from tokenizers import Tokenizer, models
 from torch import nn
 
+
 # ----------------------------------------------------------------------------------------- errors
-
-
 class InputError(Exception):
     """What the user gave cannot be used: the message names it, what was expected, and the fix."""
 
@@ -48,6 +47,9 @@ def is_out_of_memory(e):
 def reading(path, expected, fix=""):
     """Around what reads a file: any failure becomes one InputError line that names the file."""
     try:
+        small = Path(path).is_file() and Path(path).stat().st_size < 200
+        if small and Path(path).read_bytes().startswith(b"version https://git-lfs"):
+            raise InputError("a Git LFS pointer, not the file itself; run: git lfs pull")
         yield
     except InputError as e:  # whole: it may hold a command, and in it a path with two spaces
         raise InputError(f"{path}: not {expected}: {e}{fix}") from e
@@ -133,7 +135,8 @@ class Linear(Int8Weight, nn.Linear):
 
     def forward(self, x, activation="identity"):
         weight = self.weight.to(x.dtype)
-        weight = weight * self.scale.to(x.dtype)[:, None] if hasattr(self, "scale") else weight
+        if hasattr(self, "scale"):  # in x's dtype: float32 products would take half as long again
+            weight = weight * self.scale.to(x.dtype)[:, None]
         bias = None if self.bias is None else self.bias.to(x.dtype)
         fused = {"identity": "none", "gelu": "gelu"}.get(activation)
         if fused and not torch.is_grad_enabled() and has_onednn(x.device.type, x.dtype):
@@ -197,11 +200,8 @@ class Embeddings(nn.Module):
 
 
 def plain_attention(q, k, v, attn_mask, dropout=0.0):
-    """softmax(q k' / sqrt(d) + attn_mask) v; q, k, v (N, h, T, d), attn_mask of Encoder.hidden.
-
-    The path on a CPU at sentence lengths, where SDPA costs more than these two products, and in
-    training at any, where its backward pass does, too.
-    """
+    """softmax(q k' / sqrt(d) + attn_mask) v; q, k, v (N, h, T, d), attn_mask of Encoder.hidden. On
+    a CPU SDPA costs more than these two products: at sentence lengths, and in training at any."""
     T = k.shape[2]
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (N, h, T, T)
     scores = scores if attn_mask is None else scores + attn_mask
@@ -357,8 +357,7 @@ class Encoder(nn.Module):
         """Vectors (n, width) float32, in input order, of tokenised sentences; before any Normalize.
 
         Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory
-        stays bounded. progress: called with (done, all). most: sentences at once.
-        """
+        stays bounded. progress: called with (done, all). most: sentences at once."""
         lengths, was_training = np.diff(starts), self.training
         self.eval()
         # Measured: a thread's activations should stay in its cache, a GPU wants to be filled.
@@ -388,8 +387,7 @@ class Encoder(nn.Module):
 
         texts: any iterable of str. normalize: unit vectors; prompt: put before every text; None:
         as the model's files say. progress: called with (done, all), such as data.meter("encode").
-        batch: texts at once, at most. Raises: InputError with the index of what is no text.
-        """
+        batch: texts at once, at most. Raises: InputError with the index of what is no text."""
         single = isinstance(texts, str)
         texts = [texts] if single else list(texts)
         for i, t in enumerate(texts):
@@ -407,8 +405,7 @@ class Encoder(nn.Module):
         weights: by our names; None: its own, in float32, int8 ones as they are. new: refuse a
         folder that is there. Names in the files are Hugging Face's.
         Raises: InputError, before anything is written, if the folder is there or a weight is not
-        finite; OSError where it cannot be written, such as to a full disk.
-        """
+        finite; OSError where it cannot be written, such as to a full disk."""
         folder = Path(folder)
         need(not new or not folder.exists(), f"{folder}: is there already; choose another folder")
         if weights is None:
@@ -431,10 +428,8 @@ class Encoder(nn.Module):
 
 def put(array, device):
     """A numpy array as a tensor on a device; a copy to a GPU does not wait for what it is doing."""
-    t = torch.from_numpy(array)
-    if torch.device(device).type == "cuda":
-        return t.pin_memory().to(device, non_blocking=True)
-    return t.to(device)
+    t, on_gpu = torch.from_numpy(array), torch.device(device).type == "cuda"
+    return (t.pin_memory() if on_gpu else t).to(device, non_blocking=on_gpu)
 
 
 def unit(x):
@@ -457,8 +452,7 @@ def read_safetensors(path, convert=None, fix=". Fetch or export it again"):
     """(tensors by name, metadata) of a safetensors file. Raises: InputError with the reason.
 
     Tensors are views of a private mapping of the file: a page costs memory when it is used.
-    convert: called with (name, tensor) of one after the other, gives what is kept instead.
-    """
+    convert: called with (name, tensor) of one after the other, gives what is kept instead."""
     with reading(path, "a valid safetensors file", fix):
         with open(path, "rb") as f:
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -471,8 +465,8 @@ def read_safetensors(path, convert=None, fix=". Fetch or export it again"):
         tensors, at = {}, body
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind, shape, size = _check_entry(name, entry, at - body, len(data) - body)
-            raw = np.frombuffer(data, np.uint8, size, at)
-            raw = torch.from_numpy(raw.copy() if at % kind.itemsize else raw)  # if not aligned
+            raw = torch.from_numpy(np.frombuffer(data, np.uint8, size, at))
+            raw = join([raw], torch.uint8) if at % kind.itemsize else raw  # not aligned
             tensors[name], at = raw.view(kind).view(shape), at + size
             if convert:
                 tensors[name] = convert(name, tensors[name])
@@ -497,15 +491,13 @@ def _check_entry(name, entry, at, size):
 
 
 def write_safetensors(path, tensors, meta=None):
-    """Write tensors by name as one safetensors file; equal tensors give equal bytes.
-
-    Raises: OSError; then the file is as it was before, and a part of PATH.new may be there.
-    """
+    """Write tensors by name as one safetensors file; equal tensors give equal bytes. Raises:
+    OSError, and then the file is as it was before, and a part of PATH.new may be there."""
     new, names = Path(f"{path}.new"), {v: k for k, v in DTYPES.items()}
     # Widest dtypes first keeps every tensor aligned to its own item size; names break ties.
     order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))
     header = {"__metadata__": {"format": "pt", **(meta or {})}}
-    ends = [0, *np.cumsum([tensors[k].nbytes for k in order], dtype=int).tolist()]
+    ends = [0, *itertools.accumulate(tensors[k].nbytes for k in order)]
     for name, *span in zip(order, ends, ends[1:]):
         t = tensors[name]
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": span}
@@ -549,6 +541,16 @@ def to_hf(state):
     return out
 
 
+def join(parts, dtype):
+    """Tensors (m, ...) of one shape, copied one after the other: (len(parts) * m, ...); in pieces
+    for which torch starts no threads, as a process forked then would wait for them for ever."""
+    out = parts[0].new_empty((len(parts), *parts[0].shape), dtype=dtype)
+    for part, place in zip(parts, out):
+        for a, b in zip(place.view(-1).split(2**14), part.reshape(-1).split(2**14)):
+            a.copy_(b)
+    return out.view(-1, *parts[0].shape[1:])
+
+
 def from_hf(tensors):
     """The inverse of to_hf, for use in reading(). Raises: InputError for what is no number, others
     where a query, key or value is missing or misshapen."""
@@ -562,10 +564,9 @@ def from_hf(tensors):
     for name in [n for n in out if ".attention.self.query." in n]:
         parts = [out.pop(name.replace("query", part)) for part in QKV]
         joined = name.replace(".attention.self.query.", ".qkv.")
-        kinds = {f"{p.dtype} {list(p.shape)}" for p in parts}
-        need(len(kinds) == 1, f"{joined} has parts of several dtypes or sizes: {kinds}")
-        raw = np.concatenate([p.contiguous().view(torch.uint8).numpy() for p in parts])
-        out[joined] = torch.from_numpy(raw).view(parts[0].dtype)
+        kinds = [f"{p.dtype} {list(p.shape)}" for p in parts]
+        need(len({*kinds}) == 1, f"{joined} has parts of several dtypes or sizes: {kinds}")
+        out[joined] = join(parts, parts[0].dtype)
     return out
 
 
@@ -636,19 +637,15 @@ def check_config(folder, said, pad_id):
         need(all(known) and all(type(bias) is bool for *_, bias in dense), values["dense"])
     values |= {"pad_token_id": pad_id, "dense": dense}
     config = Config(**{f.name: values[f.name] for f in fields(Config)})
-    positions = config.max_position_embeddings
-    longest = min(config.max_seq_length, positions - config.first_position)
-    expect(longest > 2, "max_seq_length", f"over 2, within the {positions} positions")
+    longest = min(config.max_seq_length, config.max_position_embeddings - config.first_position)
+    expect(longest > 2, "max_seq_length", "over 2, and a position for each token")
     return replace(config, max_seq_length=longest)
 
 
 def read_tokenizer(folder):
-    """(tokenizer, pad id) of a folder: tokenizer.json, and the pad token that its files name.
-
-    The pad id is the tokenizer's, not config.json's: it fills batches, and RoBERTa counts positions
-    from it; the authors' MiniLM says 0 there, which is <s>.
-    Raises: InputError where there is no pad token of its own, or no start and end are added.
-    """
+    """(tokenizer, pad id) of a folder: tokenizer.json, and the pad token that its files name, not
+    config.json's pad id: it fills batches, RoBERTa counts positions from it, and the authors'
+    MiniLM says 0, which is <s>. Raises: InputError without a pad token, or start and end."""
     file = Path(folder, "tokenizer.json")
     beside = [file.with_name(n) for n in ("special_tokens_map.json", "tokenizer_config.json")]
     names = [read_json(f).get("pad_token") for f in beside if f.exists()]
@@ -676,7 +673,8 @@ def best_dtype(device):
     else:
         cpu = torch.cpu
         what, has = "CPU", cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported()
-    return "bfloat16" if has else "float32", f"the {what} has {'' if has else 'no '}bfloat16 units"
+    name = "bfloat16" if has else "float32"
+    return name, f"the {what} has {'' if has else 'no '}bfloat16 units"
 
 
 def arithmetic(dtype, device, train):
@@ -688,15 +686,11 @@ def arithmetic(dtype, device, train):
     copy = train or torch.device(device).type != "cpu"
 
     def convert(name, t):
-        # A table that is not copied stays as the file stores it: rows are widened when looked up.
-        stays = not copy and (t.dtype == stored or name.endswith(TABLE))
-        if stays or not t.is_floating_point() or name.endswith(".scale"):
-            return t
-        out = torch.empty(t.shape, dtype=stored)
-        # So little at once that torch starts no threads, for which a forked process would wait.
-        for a, b in zip(out.view(-1).split(2**14), t.reshape(-1).split(2**14)):
-            a.copy_(b)
-        return out
+        # Neither int8 weights nor their steps, which, rounded, would move whole rows; and a table
+        # that is not copied stays as the file stores it: rows are widened when looked up.
+        fixed = not t.is_floating_point() or name.endswith(".scale")
+        same = t.dtype == stored or name.endswith(TABLE)
+        return t if fixed or same and not copy else join([t], stored).view(t.shape)
 
     return dtype, device, convert
 
@@ -705,10 +699,13 @@ def assemble(folder, config, tokenizer, state, dtype, device, train):
     """The Encoder of what was read from a folder. state: its weights, by our names. Raises:
     InputError where tokenizer, config and weights are not of one model."""
     ids = [tokenizer.get_vocab_size() - 1, *tokenizer.get_added_tokens_decoder()]
-    if not isinstance(tokenizer.model, Unigram):  # the one without gaps; listing it takes a while
+    if not isinstance(
+        tokenizer.model, models.Unigram
+    ):  # the one without gaps; listing it takes a while
         ids += tokenizer.get_vocab().values()
-    few = f"token ids up to {max(ids)}, but the word table has {config.vocab_size} rows"
-    need(max(ids) < config.vocab_size, f"{folder / 'tokenizer.json'}: {few}; not of one model")
+    if max(ids) >= config.vocab_size:
+        few = f"token ids up to {max(ids)}, but the word table has {config.vocab_size} rows"
+        raise InputError(f"{folder / 'tokenizer.json'}: {few}; not of one model")
     K = len({name.split(".")[1] for name in state if name.startswith("layers.")})
     if config.num_hidden_layers != K:  # before a wrong number of them is built
         wrong = f"num_hidden_layers is {config.num_hidden_layers}, expected {K}"
@@ -717,7 +714,8 @@ def assemble(folder, config, tokenizer, state, dtype, device, train):
         model = Encoder(config, tokenizer, dtype)
     with reading(folder / "model.safetensors", "the weights that config.json describes"):
         model.load_state_dict(state, assign=True)  # lists what is missing, unexpected, misshapen
-    need(not (train and model.int8), f"{folder}: int8 weights cannot be trained; take float32 ones")
+    if train and model.int8:
+        raise InputError(f"{folder}: int8 weights cannot be trained; take the float32 model")
     # cuDNN's attention builds a plan for every new shape, and each of our batches has a new one.
     if torch.device(device).type != "cpu":
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -729,8 +727,7 @@ def load(folder, dtype=None, device=None, train=False):
 
     dtype: of the arithmetic, 'float32', 'bfloat16' or None, the best on this device. train: with
     float32 weights whatever the dtype. No code is run from a file.
-    Raises: InputError naming the file and the fix for anything missing, damaged or unsupported.
-    """
+    Raises: InputError naming the file and the fix for anything missing, damaged or unsupported."""
     folder = Path(folder)
     need(folder.is_dir(), f"{folder}: no such model directory")
     for name in ("config.json", "tokenizer.json", "model.safetensors"):

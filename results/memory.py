@@ -16,11 +16,12 @@ from pathlib import Path
 OURS = """
 import json, resource, sys, time
 sys.path.insert(0, {root!r})
-import model, numpy, torch
+import numpy, torch
+from tools.checkpoints import load
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 texts = [" ".join(f"word{{i % (k + 7)}}" for k in range(9)) for i in range(1000)]
 base, begun = peak(), time.perf_counter()
-m = model.load({folder!r}, {dtype!r}, "cpu")
+m = load({folder!r}, {dtype!r}, "cpu")
 """
 THEIRS = """
 import json, resource, sys, time

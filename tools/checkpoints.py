@@ -186,8 +186,6 @@ def must_exist(file, opener, folder):
     fix = f"{opener}({str(folder)!r}).save_pretrained({str(folder)!r})"
     there = f"; {old} is there{risk}. Convert it once, with transformers: {fix}" if old else ""
     need(file.exists(), f"{file}: no such file{there}")
-    with reading(file, "the file itself", "; run: git lfs pull"), open(file, "rb") as f:
-        need(f.read(24) != b"version https://git-lfs.", "a Git LFS pointer")
 
 
 # ----------------------------------------------------------------- modules of sentence-transformers
