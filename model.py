@@ -48,8 +48,8 @@ def reading(path, expected, fix=""):
     """Around what reads a file: any failure becomes one InputError line that names the file."""
     try:
         small = Path(path).is_file() and Path(path).stat().st_size < 200
-        pointer = small and b"https://git-lfs" in Path(path).read_bytes()
-        need(not pointer, "a Git LFS pointer, not the file itself; run: git lfs pull")
+        if small and Path(path).read_bytes().startswith(b"version https://git-lfs"):
+            raise InputError("a Git LFS pointer, not the file itself; run: git lfs pull")
         yield
     except InputError as e:  # whole: it may hold a command, and in it a path with two spaces
         raise InputError(f"{path}: not {expected}: {e}{fix}") from e
@@ -465,8 +465,8 @@ def read_safetensors(path, convert=None, fix=". Fetch or export it again"):
         tensors, at = {}, body
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind, shape, size = _check_entry(name, entry, at - body, len(data) - body)
-            raw = np.frombuffer(data, np.uint8, size, at)
-            raw = torch.from_numpy(raw.copy() if at % kind.itemsize else raw)  # if not aligned
+            raw = torch.from_numpy(np.frombuffer(data, np.uint8, size, at))
+            raw = join([raw], torch.uint8) if at % kind.itemsize else raw  # not aligned
             tensors[name], at = raw.view(kind).view(shape), at + size
             if convert:
                 tensors[name] = convert(name, tensors[name])
@@ -566,8 +566,7 @@ def from_hf(tensors):
         joined = name.replace(".attention.self.query.", ".qkv.")
         kinds = [f"{p.dtype} {list(p.shape)}" for p in parts]
         need(len({*kinds}) == 1, f"{joined} has parts of several dtypes or sizes: {kinds}")
-        bytes_ = np.stack([p.contiguous().view(torch.uint8).numpy() for p in parts])
-        out[joined] = torch.from_numpy(bytes_).view(parts[0].dtype).flatten(0, 1)
+        out[joined] = join(parts, parts[0].dtype)
     return out
 
 

@@ -1,5 +1,6 @@
 """Finished models in use: the commands, search and its store."""
 
+import glob
 import io
 import math
 import os
@@ -18,6 +19,7 @@ import model as M
 from test_msd import HERE, apart, run, tiny, write
 from tools import __main__ as command
 from tools import search as searching
+from tools.checkpoints import fingerprint
 
 
 def test_using_a_model(world, finished, tmp_path, capsys):
@@ -85,7 +87,7 @@ def search(tokenizer, tmp_path, capsys, monkeypatch):
 
 
 def stored():
-    return sorted(map(str, Path().glob("corpus*.safetensors")))
+    return sorted(map(str, Path().glob(".*.vectors")))
 
 
 def test_search_stores_the_corpus(search, tokenizer):
@@ -94,7 +96,7 @@ def test_search_stores_the_corpus(search, tokenizer):
     (file,) = stored()
     vectors = M.read_safetensors(file)[0]["vectors"]
     want = M.load("small").encode(["red old", "blue new", "two dogs run"])
-    assert re.fullmatch(r"corpus\.txt\.\w+\.safetensors", file) and file in first.err
+    assert re.fullmatch(r"\.corpus\.txt\.\w+\.vectors", file) and file in first.err
     assert vectors.dtype == torch.float16 and apart(vectors, M.unit(want)) < 1e-3
     assert search("--top", "1", "blue new").out == first.out.splitlines(True)[0]
     again = search("blue new")
@@ -102,21 +104,34 @@ def test_search_stores_the_corpus(search, tokenizer):
     before = Path(file).read_bytes()
     write(Path("corpus.txt"), "red old\nblue old\ntwo dogs run\n")
     search("blue new")
+    assert stored() == [file] and Path(file).read_bytes() != before  # the old is of no more use
     data.delete(Path("small"))
     tiny(tokenizer, 2).save("small")
     search("blue new")
-    assert len(stored()) == 3 and Path(file).read_bytes() == before
+    assert len(stored()) == 2 and file in stored()
 
 
-def test_search_refuses_the_vectors_of_another_corpus(search):
+def test_search_replaces_the_vectors_of_another_corpus(search):
     search("blue new")
     (file,) = stored()
-    write(Path("corpus.txt"), "red old\nblue old\ntwo dogs run\n")
-    search("blue new")
-    (other,) = set(stored()) - {file}
-    shutil.copy(file, other)  # by its form alone it would do
-    with pytest.raises(M.InputError, match=f"{other}: .* another corpus or model; delete it"):
-        search("blue new")
+    shutil.copy(file, "old")
+    write(Path("corpus.txt"), "blue new\nblue old\ntwo dogs run\n")
+    want = search("blue new").out
+    assert want.startswith("1.0000\t1\tblue new")
+    shutil.copy("old", file)  # by its form alone it would do
+    assert search("blue new").out == want and stored() == [file]
+    assert search("blue new").out == want and search.seen == ["small", "blue new"]
+
+
+def test_search_stores_beside_what_others_read(search):
+    """A corpus in a model's folder, or among training files: the store is no part of these."""
+    shutil.copy("corpus.txt", "small/corpus.txt")
+    before = fingerprint("small")
+    want = search("blue new", corpus="small/corpus.txt")
+    again = search("blue new", corpus="small/corpus.txt")
+    assert fingerprint("small") == before and "stored" in want.err
+    assert again.out == want.out and search.seen == ["small", "blue new"]
+    assert glob.glob("small/*corpus*") == ["small/corpus.txt"]
 
 
 def changed(**change):
@@ -127,7 +142,6 @@ def changed(**change):
         v = tensors["vectors"].clone()
         v[-1, 0] = change.get("value", v[-1, 0])
         v = v.to(change.get("dtype", v.dtype))[change.get("rows", slice(None))]
-        meta["key"] = change.get("key", meta["key"])
         M.write_safetensors(file, {change.get("name", "vectors"): v}, meta)
 
     return damage
@@ -142,7 +156,6 @@ def changed(**change):
         (lambda f: write(f, "red old\n"), "too short for its header"),
         (lambda f: np.savez(open(f, "wb"), x=np.zeros(3)), "too short for its header"),
         (changed(name="rows"), "vectors"),
-        (changed(key="of another"), "those of another corpus or model"),
         (changed(dtype=torch.float32), r"float32 \(3, 32\)"),
         (changed(rows=slice(2)), r"float16 \(2, 32\)"),
         (changed(rows=(slice(None), slice(9))), r"float16 \(3, 9\)"),
@@ -184,8 +197,8 @@ def test_search_reads_queries(search):
     got = search(typed=b"\xef\xbb\xbfblue new\r\n\n  \ntwo dogs", terminal=True)
     assert got.out == want and "Ctrl-D" in got.err and search.seen[0] == "small"
     assert not search(typed=b"\n").out
-    with pytest.raises(M.InputError, match="whole characters"):
-        search(typed=b"caf\xe9\n")
+    got = search(typed=b"caf\xe9\nblue new\ntwo dogs\n")  # a bad line ends nothing
+    assert got.out == "\n" + want and re.fullmatch("error: .*whole characters\n", got.err)
     args = [sys.executable, "-m", "tools", "search", "small", "corpus.txt", "--top", "1"]
     where = {**os.environ, "PYTHONPATH": str(HERE)}
     with subprocess.Popen(args, stdin=-1, stdout=-1, text=True, env=where) as process:

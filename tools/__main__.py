@@ -17,7 +17,7 @@ import numpy as np
 from data import meter
 from model import need, unit
 from tools.checkpoints import load
-from tools.cli import Parser, read_texts, run_cli
+from tools.cli import Parser, filled, read_texts, run_cli
 from tools.export import describe, export
 from tools.search import search
 
@@ -33,7 +33,7 @@ def main(argv=None):
     def command(name, text, *arguments):
         sub = commands.add_parser(name, help=text, description=text)
         for argument in ("model", *arguments):
-            sub.add_argument(argument)
+            sub.add_argument(argument, type=str if argument in ("a", "b") else filled)
         sub.add_argument("--dtype", choices=kinds, default=argparse.SUPPRESS, help="here or before")
         return sub.add_argument
 
@@ -41,7 +41,12 @@ def main(argv=None):
     add = command("search", "the lines of a text file that are nearest to a query", "corpus")
     add("query", nargs="?", help="without one, each line of standard input is a query")
     add("--top", type=int, default=5, help="lines to show")
-    add("--index", metavar="MODEL2", help="encodes the corpus, MODEL the queries; of one space")
+    add(
+        "--index",
+        type=filled,
+        metavar="MODEL2",
+        help="encodes the corpus, MODEL the queries; of one space",
+    )
     command("encode", "lines of standard input to vectors, a .npy file on standard output")
     command("info", "shape and size")
     add = command("export", "a folder ready to upload, for other programs, too", "out")
@@ -56,8 +61,6 @@ def main(argv=None):
         ap.error(f"unrecognized arguments: {' '.join(rest)}")
     odd = re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", " ".join(map(str, vars(args).values())))
     need(not odd, "expected text in UTF-8 without control characters")
-    empty = [k for k in ("model", "corpus", "out", "index") if getattr(args, k, None) == ""]
-    need(not empty, f"{', '.join(empty)}: an empty path; is a variable of the shell not set?")
     need(getattr(args, "top", 1) > 0, "--top: expected 1 or more")
     if args.command == "export":
         return print(export(args.model, args.out, args.weights, args.onnx, args.plain))

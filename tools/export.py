@@ -27,12 +27,6 @@ from tools.checkpoints import POOLING, load
 FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}  # in class names
 FAMILIES |= {"camembert": "Camembert"}
 SHIPPED = (Path(M.__file__), Path(__file__).with_name("sentence_encoder.py"))
-TWO_LETTERS = """aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr
-cs cu cv cy da de dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr
-ht hu hy hz ia id ie ig ii ik io is it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb
-lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om or os
-pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su sv sw ta te tg th
-ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"""  # ISO 639-1
 BYTES = {"float32": 4, "float16": 2, "int8": 1}  # a parameter, in the files that export makes
 
 
@@ -138,9 +132,9 @@ def write_extras(model, source, folder, plain):
 
 def for_llama(tokenizer, folder):
     """An XLM-R's tokenizer files with what llama.cpp's converter looks for there, and where."""
-    name, ends = tokenizer.id_to_token, tokenizer.encode("").ids
-    told = {"cls_token": name(ends[0]), "sep_token": name(ends[-1])}
-    told |= {"add_prefix_space": True, "clean_up_tokenization_spaces": True}
+    start, *_, end = tokenizer.encode("").tokens
+    told = {"cls_token": start, "sep_token": end, "add_prefix_space": True}
+    told["clean_up_tokenization_spaces"] = True
     raw = read_json(folder / "tokenizer.json")
     for step in (raw["normalizer"] or {}).get("normalizers", ()):
         if step["type"] == "Precompiled":  # tokenizers passes over a second one
@@ -211,10 +205,9 @@ def origin(folder):
         text += f"Teacher: {teacher[0]}; assistant: {assistant[0]}; data: {files}; "
         text += f"seed {given['seed']}; code: {results['git'] or 'unknown'}.\n"
         seen = {x for pair in scores for x in pair.split("-")} | set(row["accuracy"])
-        # A hub refuses what is no code, such as of a file en-mine2.tsv.
-        seen = {re.split("[-_]", x)[0] for x in seen}
-        known = [x for x in seen if x in TWO_LETTERS.split() or re.fullmatch("[a-z]{3}", x)]
-        return sorted(known) or ["multilingual"], text
+        codes = {re.split("[-_]", x)[0] for x in seen}  # pt of pt_BR; a hub refuses what is none
+        codes = {x for x in codes if re.fullmatch("[a-z]{2,3}", x)}
+        return sorted(codes) or ["multilingual"], text
     return ["multilingual"], ""
 
 

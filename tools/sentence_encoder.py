@@ -30,11 +30,11 @@ class SentenceEncoder(nn.Module):
         """A copy of the encoder's as transformers' class, which what splits text expects."""
         from transformers import PreTrainedTokenizerFast
 
-        name, ends = self.encoder.tokenizer.id_to_token, self.encoder.tokenizer.encode("").ids
-        marks = {"pad_token": self.encoder.config.pad_token_id}
-        marks |= {"cls_token": ends[0], "sep_token": ends[-1]}
-        marks = {k: name(i) for k, i in marks.items()} | {"model_max_length": self.max_seq_length}
-        return PreTrainedTokenizerFast(tokenizer_object=self.encoder.tokenizer, **marks)
+        t, c = self.encoder.tokenizer, self.encoder.config
+        start, *_, end = t.encode("").tokens
+        marks = {"cls_token": start, "sep_token": end, "pad_token": t.id_to_token(c.pad_token_id)}
+        marks["model_max_length"] = c.max_seq_length
+        return PreTrainedTokenizerFast(tokenizer_object=t, **marks)
 
     @classmethod
     def load(cls, path, **options):
