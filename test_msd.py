@@ -449,6 +449,7 @@ def test_presets_are_the_papers():
         "vocab": 4000,
     }
     assert (msd.WARMUP, msd.WEIGHT_DECAY, msd.ADAM_EPS, msd.CLIP) == (0.1, 0.01, 1e-6, 1.0)
+    assert msd.ALIGNED_PAIRS == 300_000
     for name in ("lr", "batch", "epochs", "max_lines"):  # a fifth stage is a fifth value
         for n in (3, 5):
             with pytest.raises(M.InputError, match=f"{name}=.*: expected 4 values, one a stage"):

@@ -324,20 +324,25 @@ def test_fit_saves_when_it_is_due(tmp_path, monkeypatch):
         assert saved == [1, 2, 3]
 
 
-def test_fit_stops_at_a_loss_that_is_not_finite(tmp_path, monkeypatch):
-    """Before anything is saved over; the line says what to do. Once is enough, even where the next
-    losses are finite again."""
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0])
+def test_fit_stops_at_a_loss_that_is_not_finite(tmp_path, monkeypatch, value):
+    """Or at such a gradient of a loss of 0, before anything is saved over; the line says what to
+    do. Once is enough, even where the next losses are finite again."""
     told = (
         "x: by step {} the loss or the gradient norm is not finite. Choose a lower --lr and anoth"
     )
-    toy = Toy()  # it looks at every fifth step of 500, and before a save
-    for seconds, found, saved, value in ((-1, 4, "3", math.nan), (1e9, 5, None, math.inf)):
-        spoilt = {"c": torch.tensor(value)}
+    # It looks at every fifth step of 500, and before a save.
+    for seconds, found, saved in ((-1, 4, "3"), (1e9, 5, None)):
         monkeypatch.setattr(train, "SAVE_SECONDS", seconds)
-        run = a_run(tmp_path / str(found))
-        terms = lambda step, c=spoilt: toy_terms(toy) | (c if step == 3 else {})
+        run, toy = a_run(tmp_path / str(found)), Toy()
+
+        def loss_at(step, toy=toy):
+            root = (toy.weight * 0).square().sum().sqrt()  # 0, of no finite gradient
+            spoilt = torch.tensor(value) if value else root
+            return toy_terms(toy) | ({"c": spoilt} if step == 3 else {}), 1
+
         with pytest.raises(M.InputError, match=told.format(found)):
-            train.fit(run, "x", toy, 500, 1e-3, lambda step, terms=terms: (terms(step), 1))
+            train.fit(run, "x", toy, 500, 1e-3, loss_at)
         file = run.out / "checkpoint.safetensors"
         assert file.exists() == bool(saved)
         assert not saved or M.read_safetensors(file)[1]["step"] == saved
