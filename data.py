@@ -379,7 +379,7 @@ def array_file(path, dtype, *row):
         assert f.tell() == 128
 
 
-# The first value of a key is the version of what is stored; it moves when that changes.
+# The first value of a key is the version of what is stored: raise it when that changes.
 def build_corpus(files, cache, extra=(), max_chars=250, max_lines=None):
     """The Corpus of english<TAB>translation files, read once and then found by its content.
 
@@ -451,8 +451,8 @@ def tokens(corpus, encoder, cache, chunk=20000):
 
 
 def piece_counts(corpus, encoder, cache, most=None):
-    """How often a corpus, or its first `most` tokens, use each piece of an encoder: (V,). Sentences
-    are in no order: the first ones are a fair sample."""
+    """How often the distinct sentences of a corpus, or their first `most` tokens, use each piece of
+    an encoder: (V,). They are in no order: the first ones are a fair sample."""
     ids, _ = tokens(corpus, encoder, cache)
     return np.bincount(ids[:most], minlength=encoder.config.vocab_size)
 
@@ -515,8 +515,8 @@ def spaced(texts):
 
 
 def train_tokenizer(texts, size, lower_case):
-    """A BPE tokenizer of `size` pieces learnt from text, with XLM-R's special tokens; of more where
-    there are more characters, of fewer where there are fewer words.
+    """A BPE tokenizer of `size` pieces learnt from text, with XLM-R's special tokens; of more if
+    the text has more characters than that, of fewer if it has too few words.
 
     XLM-R's own kind is Unigram, but its trainer in the library gives another vocabulary each time,
     by the order of a hash table, and a run must repeat.

@@ -178,7 +178,7 @@ class Embeddings(nn.Module):
         self.config = c
         H = c.hidden_size
         width = c.bottleneck_size or H
-        # Zeros, set later: a random start on the meta device would import a second of torch.
+        # Zeros, set later: a random start on the meta device imports modules for a second.
         self.word = Table.from_pretrained(torch.zeros(c.vocab_size, width), False, c.pad_token_id)
         self.project = Linear(width, H, bias=False) if c.bottleneck_size else None
         self.position = Table.from_pretrained(torch.zeros(c.max_position_embeddings, H), False)
@@ -573,7 +573,7 @@ def from_hf(tensors):
 # ---------------------------------------------------------------------------- a folder's settings
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
 TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-# What this encoder knows, the usual first: a folder may leave it out.
+# What this encoder knows; the first is taken where a folder does not say.
 KNOWN = {"model_type": FAMILIES, "hidden_act": tuple(ACTIVATIONS), "pooling": tuple(POOLINGS)}
 KNOWN |= {"position_embedding_type": ("absolute",), "is_decoder": (False,)}
 KNOWN |= {"truncation_side": ("right",), "truncate_dim": (None,)}

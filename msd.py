@@ -52,7 +52,7 @@ class Stage:
     batch: int  # pairs a step
     max_lines: int  # of each file
     per_side: bool = False  # True: each side has its own target; False: the English one serves both
-    embeddings_only: bool = False  # on both sides of the loss: no layers, mean pooling
+    embeddings_only: bool = False  # student and target: no layers, mean pooling
     contrast: bool = False  # add the contrastive loss, "mcl" in the log
     extra: bool = False  # train on the files of --extra, too
 
@@ -83,7 +83,7 @@ def stage_loss(stage, model, ids, mask, y_s, y_t=None, contrast=True, gather=Non
     to which the targets belong.
     """
     row = STAGES[stage]
-    # One call for both sides: half as many as two, and as little padding, as lengths are sorted.
+    # One call for both sides, not two; it pads as little, as lengths are sorted.
     X_s, X_t = model(ids, mask, embeddings_only=row.embeddings_only).chunk(2)  # (N, H) each
     if gather:
         X_s, X_t = gather(X_s), gather(X_t)
@@ -238,7 +238,7 @@ def make_assistant(teacher, tokenizer, english=(), translations=()):
     Each new piece starts at the mean of the teacher's pieces for its text; special tokens take over
     the teacher's rows, so what the teacher knows of English survives. With sentence pairs, a piece
     of another language starts at the mean of the teacher's pieces that it translates, by their
-    share in align(); one that English uses, too, at the mean of both starts, by links and tokens.
+    share in align(); one that English uses, too, at the mean of both, by its links and tokens.
     """
     word = teacher.embeddings.word.weight.float()  # (V of the teacher, H)
     vocab = tokenizer.get_vocab()
@@ -290,7 +290,7 @@ def with_vocabulary(encoder, tokenizer, table, pad_id, **changes):
     """The same body with a new vocabulary: a tokenizer, its word table (V, H) and its pad id."""
     c = encoder.config
     same = c.model_type == "bert" or pad_id == c.pad_token_id
-    move = f"from id {c.pad_token_id} to {pad_id}, and with it what counts positions"
+    move = f"from id {c.pad_token_id} to {pad_id}, from which positions are counted"
     fix = f"--teacher or --assistant is a {c.model_type}; give a bert"
     need(same, f"the pad token would move {move}: {fix}")
     c = replace(c, vocab_size=len(table), pad_token_id=pad_id, **changes)

@@ -48,7 +48,7 @@ SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
 EVALS = 4  # dev evaluations a stage; the best one's weights are kept
 
 # -------------------------------------------------------------------------------------- arguments
-# What a continuation may change; a device changes the bits and, without --dtype, the dtype.
+# Flags that may differ when a run goes on; another device changes the bits, and may the dtype.
 FREE = {"out", "cache", "device", "keep"}
 
 
@@ -131,7 +131,7 @@ def parse(argv):
         # Only with a bottleneck does the paper halve xlmr's rate in stage 3.
         args.lr = given.lr or (*args.lr[:2], args.lr[0], *args.lr[3:])
     need(args.stages, "--stages 2 alone needs a bottleneck")
-    need(args.assistant or not args.keep_vocab, "--keep-vocab needs --assistant DIR, to cut its")
+    need(args.assistant or not args.keep_vocab, "--keep-vocab needs --assistant DIR, whose vocabulary it cuts")
     ready = 1 in args.stages or args.assistant
     need(ready, "--stages without 1 needs --assistant DIR, a trained multilingual encoder")
     own = args.preset != "demo" or args.teacher or args.train or args.dev or args.sts or args.extra
@@ -188,8 +188,8 @@ class Run:
             need(0 <= self.rank < self.world, "RANK is not from 0 to below WORLD_SIZE")
             if self.world > 1:
                 dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
-                # They wait for the first, which may take hours over targets, in a group of their
-                # own with a day's patience; NCCL's stays short, so that one that dies is noticed.
+                # Waiting for process 0, which may make targets for hours, has a group of its own
+                # with a limit of a day; NCCL's stays short, so that a dead process is noticed.
                 self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
         best, why = M.best_dtype(args.device)
         why = why if args.dtype == best else "asked for"
@@ -358,7 +358,7 @@ def deferred_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if caught:  # after the last step had asked
+    if caught:  # since the loop last looked
         signal.raise_signal(caught[0])
 
 
@@ -440,7 +440,7 @@ class Training:
         return step
 
     def report(self, step, terms, norm, tokens):
-        """Log a hundred times a stage, no more: reading numbers makes the host wait for a GPU."""
+        """Log about a hundred times a stage: reading numbers makes the host wait for a GPU."""
         loss = sum(terms.values()).detach()
         done = step + 1
         self.loss_sum += loss + norm  # once it is not finite, it stays so
