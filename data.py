@@ -187,7 +187,8 @@ def refuse_bad(path, report, first):
         what = f"column {side + 1}: expected {found}, such as {first[0][side][:60]!r}"
     else:
         return
-    raise InputError(f"{path}: {what}.{forms.fix_of(path, list(read_lines(path)))}")
+    head = list(itertools.islice(read_lines(path), 10**5))  # enough to tell by
+    raise InputError(f"{path}: {what}.{forms.fix_of(path, head)}")
 
 
 def sts_files(folder):

@@ -131,7 +131,7 @@ def parse(argv):
         # Only with a bottleneck does the paper halve xlmr's rate in stage 3.
         args.lr = given.lr or (*args.lr[:2], args.lr[0], *args.lr[3:])
     need(args.stages, "--stages 2 alone needs a bottleneck")
-    need(args.assistant or not args.keep_vocab, "--keep-vocab needs --assistant DIR, whose vocabulary it cuts")
+    need(args.assistant or not args.keep_vocab, "--keep-vocab needs --assistant DIR, to cut its")
     ready = 1 in args.stages or args.assistant
     need(ready, "--stages without 1 needs --assistant DIR, a trained multilingual encoder")
     own = args.preset != "demo" or args.teacher or args.train or args.dev or args.sts or args.extra
