@@ -570,6 +570,7 @@ def test_check_sizes_at_their_bounds(tokenizer):
         msd.check_sizes(c, *good)
     with_one = replace(c, bottleneck_size=8)
     bad = (
+        (c, 33, (1,), 1, "--bottleneck 33: expected"),
         (c, 8, (1, 5), 1, "--layers 5: expected 1 to 4"),
         (c, 8, (0, 1), 1, "--layers 1: expected 1 to 4"),
         (c, 8, (), 1, "--layers 0: expected 1 to 4"),
@@ -643,7 +644,7 @@ def test_make_assistant_starts_pieces_from_the_teachers(tokenizer, model_type):
 
 def test_make_assistant_refuses_to_move_what_counts_positions(tokenizer):
     T = tiny(pad_at(tokenizer, 7), model_type="roberta", pad_token_id=7)
-    with pytest.raises(M.InputError, match="the pad token would move from id 7 to 1, and with it"):
+    with pytest.raises(M.InputError, match="the pad token would move from id 7 to 1, "):
         msd.make_assistant(T, tokenizer)
     read = "bert".encode().decode()  # equal to "bert", as a file's, but not the same object
     T = tiny(pad_at(tokenizer, 7), pad_token_id=7, model_type=read)
@@ -1372,12 +1373,15 @@ def test_vectors_and_tokens_are_stored_by_all_that_makes_them(tmp_path, tokenize
     limits = ({}, {"max_chars": 11}, {"max_lines": 1}, {"extra": [more]})
     corpora = [data.build_corpus([file], cache, **x) for x in limits]
     assert [len(c.pairs) for c in corpora] == [2, 1, 1, 4]
+    assert corpora[3].group.tolist() == [0, 0, 1, 1]
+    assert not data.build_corpus([file, more], cache).group.any()
     bfloat16 = rough(tiny(own(), pooling="cls"))
     bfloat16.dtype = torch.bfloat16
     encoders = [rough(tiny(own(), pooling="cls")), rough(tiny(own(), seed=1)), bfloat16]
     changes = ({"prompt": "q: "}, {"max_seq_length": 4}, {"normalize": True})
     encoders += [rough(tiny(own(), pooling="cls", **x)) for x in changes]
-    names = ["x", "y", "x", "x", "x", "z"]
+    encoders.append(tiny(data.train_tokenizer(TEXTS, 150, lower_case=True)))
+    names = ["x", "y", "x", "x", "x", "z", "t"]
     for c in corpora[::2]:
         for m, name in zip(encoders, names):
             flat, starts = data.tokens(c, m, cache)
