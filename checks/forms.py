@@ -169,6 +169,14 @@ def from_moses(path):
     return None
 
 
+def csv_rows(lines, mark):
+    """The rows of CSV, less empty ones; none of a damaged file."""
+    try:
+        return [row for row in csv.reader(lines, delimiter=mark) if row]
+    except csv.Error:
+        return []
+
+
 def from_cells(path, lines):
     """(what it is, command) of lines with cells between tabs, bars or commas; ("", "") of others.
 
@@ -180,8 +188,9 @@ def from_cells(path, lines):
             continue
         quoted = sum(line.strip()[-1:] == '"' or f'"{mark}' in line for line in marked)
         is_csv = name == "CSV" or mark == "\t" and quoted > len(marked) / 2
-        rows = csv.reader(lines, delimiter=mark) if is_csv else (x.split(mark) for x in marked)
-        rows = [row for row in rows if row]
+        rows = csv_rows(lines, mark) if is_csv else [line.split(mark) for line in marked]
+        if not rows:
+            continue
         width, n = Counter(map(len, rows)).most_common(1)[0]
         found = text_columns(rows)
         wrong = is_csv or mark != "\t" or width > 2  # two columns between tabs are what is wanted
