@@ -7,14 +7,19 @@ were made from; all of it is safe to delete.
 """
 
 import contextlib
+import functools
+import glob
 import gzip
 import hashlib
 import itertools
 import json
 import math
 import os
+import platform
 import re
+import shutil
 import sys
+import time
 import unicodedata
 from array import array
 from collections import Counter
@@ -25,7 +30,32 @@ import tokenizers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from checks import forms
-from model import InputError, atomic, digest, meter, need, read_json, reading
+from model import InputError, need, read_json, reading
+
+
+# ------------------------------------------------------------------------------- the user is told
+@functools.cache
+def note(text):
+    """Say on stderr, once, what is worth knowing but stops nothing."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def meter(what):
+    """A callback (done, all) that tells stderr of long work, at most every five seconds."""
+    begun = shown = time.monotonic()
+
+    def show(done, total):
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown > 5:
+            rate = done / (now - begun)
+            m, s = divmod((total - done) / rate, 60)
+            left = f"{m:.0f}:{s:02.0f} left"
+            print(f"{what}  {done:,}/{total:,}  {rate:,.0f}/s  {left}", file=sys.stderr, flush=True)
+            shown = now
+
+    return show
+
 
 # ---------------------------------------------------------------------------------- reading files
 LINE_LIMIT = 1 << 20  # bytes; a file with a longer one holds no sentence pairs
@@ -36,10 +66,18 @@ ODD = {  # of the pairs kept: from which share of a file on it is a warning, and
     "twice": (0.01, "text that was decoded twice"),
 }
 COUNTS = ("lines", "kept", "long", "blank", "header", *ODD)
-NOT_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
-NOT_UTF8 = re.compile("[\ud800-\udfff]")
-ENTITY = re.compile("&(#[0-9]{2,6}|#x[0-9A-Fa-f]{2,5}|[A-Za-z]{2,8}[0-9]{0,2});")
-TWICE = re.compile(forms.TWICE)
+
+
+def expand(patterns, flag):
+    """Files of a list of glob patterns. Raises: InputError for a pattern that matches nothing."""
+    files = set()
+    for pattern in patterns:
+        found = {pattern, *glob.glob(pattern, recursive=True)}  # a name may hold a bracket
+        found = {f for f in found if os.path.isfile(f)}
+        what = "it is a folder; name its files, as 'DIR/*.tsv'"
+        need(found, f"{flag} {pattern}: {what if os.path.isdir(pattern) else 'no such file'}")
+        files |= found
+    return [Path(f) for f in sorted(files)]
 
 
 def read_lines(path):
@@ -58,36 +96,6 @@ def read_lines(path):
             text = text.removeprefix("\ufeff")  # joined files have more than one BOM
             # A letter and its accent may come as one character or as two: the same sentence twice.
             yield text if text.isascii() else unicodedata.normalize("NFC", text)
-
-
-def fault_of(text, sides):
-    """Why a line is no pair, or None."""
-    if found := NOT_UTF8.search(text):
-        return f"not UTF-8 (at character {found.start() + 1})"
-    if found := NOT_TEXT.search(text):
-        return f"a character that is no text (U+{ord(found[0]):04X})"
-    if len(sides) != 2:
-        return "no tab" if len(sides) == 1 else f"too many columns ({len(sides)})"
-    return None if all(sides) else "an empty side"
-
-
-def suspicions(text, a, b):
-    """What is odd about a line that is a pair: names out of COUNTS."""
-    if a == b:
-        yield "same"
-    if len(a) > 1 < len(b) and a[0] == a[-1] == b[0] == b[-1] == '"':
-        yield "quoted"
-    if "&" in text and ENTITY.search(text):
-        yield "entities"
-    if not text.isascii() and TWICE.search(text):
-        yield "twice"
-
-
-def is_header(sides):
-    """Are these the names of two columns, such as english and non_english, or source and target?"""
-    a, b = (re.sub("[^a-z]", "", side.lower()) for side in sides)
-    first = re.fullmatch("en|eng|english|(source|src|original|input)[a-z]*|(sentence|text)(en)?", a)
-    return bool(first and b and " " not in sides[0] + sides[1])
 
 
 def read_pairs(path, report, max_chars=250, max_lines=None):
@@ -110,18 +118,18 @@ def read_pairs(path, report, max_chars=250, max_lines=None):
         sides = [s.strip() for s in text.split("\t")]
         if not any(sides):
             report["blank"] += 1
-        elif fault := fault_of(text, sides):
+        elif fault := forms.fault_of(text, sides):
             kind = fault.split(" (")[0]
             report["bad"][kind] += 1
             expected = f"expected english<TAB>translation, found {text[:60]!r}"
             report["examples"].setdefault(kind, f"{path}:{number}: {fault}; {expected}")
-        elif number == 1 and is_header(sides):
+        elif number == 1 and forms.is_header(sides):
             count("header", number, text)
         elif max(map(len, sides)) > max_chars:
             report["long"] += 1
         else:
             report["kept"] += 1
-            for what in suspicions(text, *sides):
+            for what in forms.suspicions(text, *sides):
                 count(what, number, text)
             if len(first) < forms.SAMPLE:
                 first.append(sides)
@@ -148,21 +156,35 @@ def refuse_bad(path, report, first):
     raise InputError(f"{path}: {what}.{forms.fix_of(path, list(read_lines(path)))}")
 
 
+def sts_files(folder):
+    """{"en-de": file} of a folder of similarity sets, *.A-B.txt or .tsv. Raises: InputError."""
+    sets, others = {}, []
+    need(Path(folder).is_dir(), f"{folder}: no such folder; expected one of similarity sets")
+    named = re.compile(r"(?:^|[._])([a-z]{2,3}-[a-z]{2,3})\.(txt|tsv)(\.gz)?$")
+    for path in sorted(Path(folder).glob("[!.]*")):
+        if m := named.search(path.name):
+            need(m[1] not in sets, f"{path}: a second file for {m[1]} in {folder}; keep one")
+            sets[m[1]] = path
+        else:
+            others.append(path.name)
+    if others:
+        note(f"{folder}: not read, as not named like STS.en-de.txt: {', '.join(others):.300}")
+    need(sets, f"{folder}: no similarity sets; expected files named like STS.en-de.txt")
+    return sets
+
+
 def read_sts(folder):
-    """{"en-de": (sentences, sentences, scores)} of a folder of similarity sets, *.A-B.txt or .tsv.
+    """{"en-de": (sentences, sentences, scores)} of a folder of similarity sets, see sts_files().
 
     Lines are sentence<TAB>sentence<TAB>score from 0 to 5. Raises: InputError at any bad line.
     """
     sets = {}
-    named = re.compile(r"(?:^|[._])([a-z]{2,3}-[a-z]{2,3})\.(txt|tsv)(\.gz)?$")
-    for path in sorted(Path(folder).glob("[!.]*")):
-        if not (m := named.search(path.name)):
-            continue
+    for name, path in sts_files(folder).items():
         rows = []
         for number, text in enumerate(read_lines(path), 1):
             try:
                 a, b, score = (c.strip() for c in text.split("\t"))
-                ok = a and b and 0 <= float(score) <= 5 and not NOT_UTF8.search(text)
+                ok = a and b and 0 <= float(score) <= 5 and not forms.NOT_UTF8.search(text)
             except ValueError:  # not three cells, or the third is no number
                 ok = False
             expected = "expected UTF-8, sentence<TAB>sentence<TAB>score from 0 to 5"
@@ -170,14 +192,74 @@ def read_sts(folder):
             rows.append((a, b, float(score)))
         differ = len({score for *_, score in rows}) > 1
         need(differ, f"{path}: {len(rows)} lines of one score; a correlation needs two scores")
-        need(m[1] not in sets, f"{path}: a second file for {m[1]} in {folder}; keep one")
         a, b, scores = zip(*rows)
-        sets[m[1]] = list(a), list(b), np.array(scores)
-    need(sets, f"{folder}: no similarity sets; expected files named like STS.en-de.txt")
+        sets[name] = list(a), list(b), np.array(scores)
     return sets
 
 
 # ---------------------------------------------------------------------------------- the disk store
+def delete(path):
+    """Delete a file or a folder, if it is there."""
+    with contextlib.suppress(FileNotFoundError):  # another process may do the same
+        remove = shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink
+        remove(path)
+
+
+@functools.cache
+def place():
+    """Names where process ids mean what they do here: a machine since its start, a container."""
+    files = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    with contextlib.suppress(OSError):  # Linux alone has them
+        return digest(platform.node(), files[0].read_text("utf-8"), os.readlink(files[1]))
+    return digest(platform.node())
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary name beside `path`, for a file or a new folder; success renames it.
+
+    On failure it goes. A kill at any moment leaves the old content or the new, never a part.
+    Raises: InputError where it cannot be written, naming the path.
+    """
+    path = Path(path)
+    prefix = f".{path.name}.tmp-"
+    tmp = path.with_name(f"{prefix}{place()}@{os.getpid()}")  # machines may share a folder
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in (f for f in path.parent.iterdir() if f.name.startswith(prefix)):
+            where, _, process = old.name.removeprefix(prefix).partition("@")
+            ours = where == place() and Path("/proc/self").exists()
+            if ours and not Path("/proc", process).exists():  # it was killed in a save
+                delete(old)
+        try:
+            yield tmp
+            for file in (f for f in [tmp, *tmp.rglob("*")] if f.is_file()):
+                with open(file, "rb+") as f:
+                    os.fsync(f.fileno())  # a rename must not reach the disk before the content
+            try:
+                os.replace(tmp, path)
+            except OSError:
+                if not (tmp.is_dir() and path.is_dir()):  # two folders: another process was first
+                    raise
+        finally:
+            delete(tmp)
+            delete(tmp.with_name(f"{tmp.name}.new"))  # of model.write_safetensors
+    except OSError as e:
+        fix = "nothing there was changed. Free some space or choose another folder, then repeat"
+        raise InputError(f"{path}: cannot write ({e.strerror or e}); {fix}") from e
+
+
+def digest(*parts):
+    """A short hex digest of files (Path) and values: names what was made of them."""
+    h = hashlib.blake2b(digest_size=10)
+    for part in parts:
+        if isinstance(part, Path):
+            with reading(part, "readable"), open(part, "rb") as f:
+                part = hashlib.file_digest(f, "blake2b").hexdigest()
+        h.update(repr(part).encode() + b"\0")
+    return h.hexdigest()
+
+
 def open_array(path):
     """A memory-mapped array of the cache. Raises: InputError if it is damaged."""
     entry = path if path.name.startswith("vectors-") else path.parent
@@ -332,6 +414,13 @@ def tokens(corpus, encoder, cache, chunk=20000):
                     begun += len(flat)
                     progress(min(i + chunk, n), n)
     return open_array(folder / "ids.npy"), open_array(folder / "starts.npy")
+
+
+def piece_counts(corpus, encoder, cache, most=None):
+    """How often a corpus, or its first `most` tokens, use each piece of an encoder: (V,). Sentences
+    are in no order: the first ones are a fair sample."""
+    ids, _ = tokens(corpus, encoder, cache)
+    return np.bincount(ids[:most], minlength=encoder.config.vocab_size)
 
 
 def vectors(corpus, ids, encoder, fingerprint, cache, embeddings_only=False, chunk=8192):

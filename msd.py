@@ -44,23 +44,28 @@ def contrastive(S_s, S_t, T_s):
 # -------------------------------------------------------------------------------- the four stages
 @dataclass(frozen=True)
 class Stage:
-    """One row of the paper's schedule."""
+    """One row of the paper's schedule; a preset may change its numbers."""
 
     title: str
     targets: str  # whose vectors are the targets: teacher or assistant
-    per_side: bool  # True: each side has its own target; False: the English side's serves both
+    epochs: float  # passes over the pairs
+    batch: int  # pairs a step
+    max_lines: int  # of each file
+    per_side: bool = False  # True: each side has its own target; False: the English one serves both
     embeddings_only: bool = False  # on both sides of the loss: no layers, mean pooling
     contrast: bool = False  # add the contrastive loss, "mcl" in the log
     extra: bool = False  # train on the files of --extra, too
 
 
-# Stage 1 trains the assistant, the others the student. A fifth needs a fifth value in the tuples of
-# Preset, too.
+# Stage 1 trains the assistant, the others the student. For a fifth: a row here, what is new of its
+# loss in stage_loss, and its numbers in those PRESETS that have their own.
 STAGES = {
-    1: Stage("teaching assistant", "teacher", per_side=False),
-    2: Stage("align the bottleneck", "assistant", per_side=True, embeddings_only=True, extra=True),
-    3: Stage("distil", "assistant", per_side=True, extra=True),
-    4: Stage("multilingual contrastive learning", "teacher", per_side=False, contrast=True),
+    1: Stage("teaching assistant", "teacher", 20, 64, 500_000),
+    2: Stage(
+        "align", "assistant", 10, 128, 300_000, per_side=True, embeddings_only=True, extra=True
+    ),
+    3: Stage("distil", "assistant", 10, 64, 300_000, per_side=True, extra=True),
+    4: Stage("multilingual contrastive learning", "teacher", 60, 64, 500_000, contrast=True),
 }
 
 
@@ -91,21 +96,26 @@ def stage_loss(stage, model, ids, mask, y_s, y_t=None, contrast=True, gather=Non
 # ------------------------------------------------------------------------------ sizes and presets
 @dataclass(frozen=True)
 class Preset:
-    """Sizes and schedule of a run; each field is a flag of train.py. Tuples but `layers` hold
-    stages 1 to 4."""
+    """Sizes and schedule of a run; each field is a flag of train.py. Those of STAGES and lr hold a
+    value for each stage."""
 
     bottleneck: int  # B; 0 keeps the full word table and skips stage 2
     layers: tuple  # numbers of the assistant's layers to copy, from 1; the paper's: the first K
     recurrence: int  # R; the paper keeps K x R at the assistant's depth
-    lr: tuple = (16e-5, 16e-5, 16e-5, 16e-5)  # peak learning rates
-    batch: tuple = (64, 128, 64, 64)  # pairs a step
-    epochs: tuple = (20, 10, 10, 60)  # passes over the pairs
-    max_lines: tuple = (500_000, 300_000, 300_000, 500_000)  # of each file
+    lr: tuple = (16e-5,) * len(STAGES)  # peak learning rates
+    batch: tuple = tuple(stage.batch for stage in STAGES.values())
+    epochs: tuple = tuple(stage.epochs for stage in STAGES.values())
+    max_lines: tuple = tuple(stage.max_lines for stage in STAGES.values())
     init: str = "text"  # start of the bottleneck, see make_student
     dropout: float = 0.1
     max_tokens: int = 128
     max_chars: int = 250  # pairs with a longer side are dropped
     vocab: int = 32_000  # pieces of a vocabulary learnt here, where no assistant is given
+
+    def __post_init__(self):
+        for name in ("lr", "batch", "epochs", "max_lines"):
+            values, n = getattr(self, name), len(STAGES)
+            need(len(values) == n, f"a Preset's {name}={values}: expected {n} values, one a stage")
 
 
 PRESETS = {
@@ -124,6 +134,19 @@ CLIP = 1.0  # largest gradient norm
 ALIGNED_PAIRS = 300_000
 
 
+def ledger(config):
+    """Parameters by part, {"embedding", "layers", "other", "total"}.
+
+    embedding: word table and B -> H map, positions, token types, LayerNorm; other: Dense. Counted
+    on the meta device, which takes no memory.
+    """
+    with torch.device("meta"):
+        model = Encoder(config)
+    parts = {"embedding": model.embeddings, "layers": model.layers, "other": model.dense}
+    parts["total"] = model
+    return {k: sum(p.numel() for p in part.parameters()) for k, part in parts.items()}
+
+
 def check_sizes(c, B, layers, R):
     """Raises: InputError where an assistant of Config c cannot give a student of these sizes."""
     H, depth = c.hidden_size, c.num_hidden_layers
@@ -132,7 +155,7 @@ def check_sizes(c, B, layers, R):
     size = f"expected 0, for none, or up to {H - 1}, as hidden_size is {H}"
     need(0 <= B < H, f"--bottleneck {B}: {size}")
     need(R >= 1, f"--recurrence {R}: expected 1 or more")
-    need(not c.bottleneck_size, "the assistant has a bottleneck itself; give the full-size model")
+    need(not c.bottleneck_size, "a model with a bottleneck is no assistant; give the full-size one")
 
 
 # ---------------------------------------------------------------------------- how a student begins

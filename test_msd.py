@@ -29,6 +29,7 @@ import model as M
 import msd
 import train
 from demo import corpus as demo
+from tools import checkpoints, evaluation
 
 HERE = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands started here; the same bits need as many
@@ -217,8 +218,8 @@ def test_parity_with_the_authors(kind, tmp_path):
     for file in (root / "assistant").rglob("*.json"):
         write(tmp_path / file.relative_to(root / "assistant"), file.read_bytes())
     write(tmp_path / "model.safetensors", (root / "student.safetensors").read_bytes())
-    A = M.load(root / "assistant", "float32", train=True)
-    S = M.load(tmp_path, "float32", train=True)
+    A = checkpoints.load(root / "assistant", "float32", train=True)
+    S = checkpoints.load(tmp_path, "float32", train=True)
     sizes = fixture["bottleneck_size"], fixture["student_layers"], fixture["recurrence"]
     c = S.config
     assert (c.bottleneck_size, c.num_hidden_layers, c.recurrence) == sizes
@@ -691,10 +692,11 @@ def test_hidden_states_of_transformers(kind, tokenizer, tmp_path):
 def test_real_teacher():
     """The known score of a published model on English STS benchmark (82.03 in float32; the copy
     here is float16)."""
-    m = M.load(SHARED / "teacher", "float32")
+    m = checkpoints.load(SHARED / "teacher", "float32")
     a, b, gold = data.read_sts(SHARED / "data" / "sts")["en-en"]
-    scores = train.similarity_scores(m.encode, {"en-en": (a[:400], b[:400], gold[:400])})["en-en"]
-    assert 100 * train.spearman(scores, gold[:400]) > 80
+    sets = {"en-en": (a[:400], b[:400], gold[:400])}
+    scores = evaluation.similarity_scores(m.encode, sets)["en-en"]
+    assert 100 * evaluation.spearman(scores, gold[:400]) > 80
     assert (
         np.allclose(np.linalg.norm(m.encode(a[:5]), axis=1), 1, atol=1e-5)
         and np.linalg.norm(m.encode(a[:5], normalize=False), axis=1).min() > 2
@@ -743,7 +745,7 @@ def test_real_teacher():
     ],
 )
 def test_sizes_to_the_unit(config, embedding, layers, total):
-    assert M.ledger(config) == {
+    assert msd.ledger(config) == {
         "embedding": embedding,
         "layers": layers,
         "other": 0,
@@ -764,7 +766,7 @@ def test_save_and_load(tokenizer, tmp_path):
         m.save(tmp_path / str(i))
         back = M.load(tmp_path / str(i), "float32")
         assert back.config == m.config and np.array_equal(back.encode(TEXTS), m.encode(TEXTS))
-        M.delete(tmp_path / "again")
+        data.delete(tmp_path / "again")
         m.save(tmp_path / "again")
         with pytest.raises(M.InputError, match="again: is there already; choose another"):
             m.save(tmp_path / "again")
@@ -805,7 +807,7 @@ def test_a_vocabulary_with_a_gap(tokenizer, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- model: use
-def test_encode_takes_what_people_give(tokenizer, monkeypatch):
+def test_encode_takes_what_people_give(tokenizer):
     m = tiny(tokenizer)
     want = m.encode(TEXTS)
     assert np.array_equal(m.encode(t for t in TEXTS), want)
@@ -824,11 +826,9 @@ def test_encode_takes_what_people_give(tokenizer, monkeypatch):
             m.encode(["a", bad])
     sizes, shown = [], []
     m.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    monkeypatch.setattr(M, "meter", lambda what: lambda *at: shown.append(at))
-    for terminal in (False, True):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda t=terminal: t)
-        assert apart(m.encode(TEXTS, batch=2), want) < 1e-5 and sizes[-4:] == [2, 2, 2, 1]
-        assert shown == [(2, 7), (4, 7), (6, 7), (7, 7)] * terminal
+    got = m.encode(TEXTS, batch=2, progress=lambda *at: shown.append(at))
+    assert apart(got, want) < 1e-5 and sizes == [2, 2, 2, 1]
+    assert shown == [(2, 7), (4, 7), (6, 7), (7, 7)]
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     assert np.array_equal(m.encode(pandas.Series(TEXTS)), want)
 
@@ -1257,6 +1257,7 @@ def test_stages_get_their_inputs_and_targets(world, finished, stage, monkeypatch
     terms = msd.stage_loss
     monkeypatch.setattr(msd, "stage_loss", spy)
     args = command(world, tmp_path / "run", "--dtype", "float32")[2:]
+    monkeypatch.setattr(train.Run, "has", lambda run, folder: folder.exists())  # made by another
     (tmp_path / "run" / "stages").mkdir(parents=True)
     done = ["assistant"] * (stage > 1) + [f"stages/{STARTS[k]}" for k in range(1, stage + 1)]
     for name in done:  # the stages before are done
@@ -1285,7 +1286,7 @@ def script(path, body):
     return write(
         path,
         f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport model as M, train\n"
-        f"{body}\nM.run_cli(train.main)\n",
+        f"from tools.cli import run_cli\n{body}\nrun_cli(train.main)\n",
     )
 
 
@@ -1348,27 +1349,32 @@ train.fit = fit
 
 # --------------------------------------------------------------------- train: evaluation, the table
 def test_spearman_by_hand():
-    assert list(train.ranks([10, 20, 20, 30])) == [1, 2.5, 2.5, 4]
-    assert train.spearman([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]) == pytest.approx(1)
-    assert train.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert list(evaluation.ranks([10, 20, 20, 30])) == [1, 2.5, 2.5, 4]
+    assert evaluation.spearman([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]) == pytest.approx(1)
+    assert evaluation.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     # ranks 1 2.5 2.5 4 and 1 3 2 4: covariance 4.5, variances 4.5 and 5
-    assert train.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert math.isnan(train.spearman([1, 1], [1, 2]))
+    assert evaluation.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(
+        4.5 / math.sqrt(4.5 * 5)
+    )
+    assert math.isnan(evaluation.spearman([1, 1], [1, 2]))
 
 
 def test_retrieval():
     x = np.eye(4)
-    assert train.retrieval(x, x) == (100, 100)
-    assert train.retrieval(x, x[[1, 0, 2, 3]]) == (50, 50)
-    assert train.retrieval(np.ones((4, 4)), np.ones((4, 4))) == (0, 0)  # all alike must not score
+    assert evaluation.retrieval(x, x) == (100, 100)
+    assert evaluation.retrieval(x, x[[1, 0, 2, 3]]) == (50, 50)
+    assert evaluation.retrieval(np.ones((4, 4)), np.ones((4, 4))) == (
+        0,
+        0,
+    )  # all alike: 0
     y = x.copy()
     y[1] = x[0]  # two translations are one: x0 finds a tie, x1 nothing;
-    assert train.retrieval(x, y) == (50, 75)  # backwards only y1 is led astray
+    assert evaluation.retrieval(x, y) == (50, 75)  # backwards only y1 is led astray
 
 
 def test_look_finds_a_collapsed_teacher():
     v = np.ones((50, 8)) + 1e-3 * np.random.default_rng(0).normal(size=(50, 8))
-    norm, cosine, constant_mse = train.describe_vectors(v)
+    norm, cosine, constant_mse = evaluation.describe_vectors(v)
     assert cosine > 0.99 and norm == pytest.approx(8**0.5, rel=1e-2)
     assert constant_mse == pytest.approx(v.var(0).mean(), rel=1e-3)
 
@@ -1378,7 +1384,7 @@ def test_evaluate_by_hand():
         def encode(self, texts, normalize=None):
             return np.array([[float(t[0]), 1.0] for t in texts])
 
-    row, _ = train.evaluate(
+    row, _ = evaluation.evaluate(
         Fixed(),
         {"en-de": (["1a", "2a"], ["1b", "9b"], np.array([5, 0]))},
         {"de": (["1", "5"], ["1", "5"])},
@@ -1389,7 +1395,7 @@ def test_evaluate_by_hand():
         and row["accuracy"]["de"] == (100, 100)
         and row["mse"]["de"] == pytest.approx([25, 25])
     )
-    assert train.mean_spearman({"en-en": 80, "de-de": 60, "en-de": 40}) == (60, 70, 40)
+    assert evaluation.mean_spearman({"en-en": 80, "de-de": 60, "en-de": 40}) == (60, 70, 40)
 
 
 def test_bootstrap():
@@ -1400,10 +1406,10 @@ def test_bootstrap():
     good, bad = (
         {k: s[2] + rng.normal(0, sd, len(s[2])) for k, s in sets.items()} for sd in (10, 80)
     )
-    assert all(v == [0, 0, 0] for v in train.bootstrap(sets, good, good, 50).values())
-    got = train.bootstrap(sets, bad, good, 200)
+    assert all(v == [0, 0, 0] for v in evaluation.bootstrap(sets, good, good, 50).values())
+    got = evaluation.bootstrap(sets, bad, good, 200)
     want = [
-        100 * (train.spearman(good[k], sets[k][2]) - train.spearman(bad[k], sets[k][2]))
+        100 * (evaluation.spearman(good[k], sets[k][2]) - evaluation.spearman(bad[k], sets[k][2]))
         for k in sets
     ]
     assert (

@@ -6,8 +6,7 @@ Random, and from --seed: the order of batches, dropout, a start from noise (--in
 demo's teacher. Fixed: samples of text (for the alignment, for dev, for a look), the demo's corpus,
 the resamples of the bootstrap.
 
-    arguments  |  the run  |  the loop  |  checkpoint and log  |  the stages  |  the pipeline
-    evaluation  |  the table  |  the command
+    arguments | the run | the loop | checkpoint and log | the stages | the pipeline | the end
 """
 
 import argparse
@@ -15,12 +14,12 @@ import contextlib
 import ctypes
 import datetime
 import functools
-import glob
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -33,12 +32,17 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I leave it out
+
 import checks.pairs
 import data
 import model as M
 import msd
 from demo import corpus as demo
 from model import need, put
+from tools import checkpoints
+from tools.cli import Parser, filled, number, run_cli
+from tools.evaluation import bootstrap, evaluate_all, look_at_teacher, table
 
 SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
 EVALS = 4  # dev evaluations a stage; the best one's weights are kept
@@ -46,22 +50,6 @@ EVALS = 4  # dev evaluations a stage; the best one's weights are kept
 # -------------------------------------------------------------------------------------- arguments
 # What a continuation may change; a device changes the bits and, without --dtype, the dtype.
 FREE = {"out", "cache", "device", "keep"}
-
-
-def number(kind, low, below=math.inf, by_stage=False):
-    """A type for argparse: low <= x < below. by_stage: one for all stages, or one for each."""
-    n_stages = len(msd.STAGES)
-
-    def parse(text):
-        values = tuple(map(kind, text.split(",") if by_stage else [text]))
-        if len(values) not in (1, n_stages) or not all(low <= x < below for x in values):
-            limit = f", less than {below}" if below < math.inf else ""
-            each = f"; one value, or {n_stages} with commas" if by_stage else ""
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more{limit}{each}")
-        return values * (n_stages // len(values)) if by_stage else values[0]
-
-    parse.__name__ = kind.__name__  # what argparse calls it in its error
-    return parse
 
 
 def stage_list(text):
@@ -76,9 +64,10 @@ def stage_list(text):
 
 def layer_list(text):
     """A type for argparse: 3 -> (1, 2, 3), the first three; 1,6,12 -> those; 12, -> (12,)."""
+    if not re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*,?", text, re.ASCII):
+        known = "3 (the first three), 1,6,12 or 12, (that one); numbers from 1 to 999"
+        raise argparse.ArgumentTypeError(f"{text!r:.80}: expected layers as {known}")
     numbers = tuple(map(int, text.removesuffix(",").split(",")))
-    if not all(0 < k < 10_000 for k in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more, or numbers, as 1,6,12")
     return numbers if "," in text else tuple(range(1, numbers[0] + 1))
 
 
@@ -86,26 +75,30 @@ def parser():
     """Every flag there is. Those that a preset sets are None here; parse() fills them in."""
     raw = argparse.RawDescriptionHelpFormatter
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    ap = M.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    files = {"nargs": "+", "action": "extend", "default": [], "metavar": "GLOB"}
-    each = functools.partial(number, by_stage=True)
+    ap = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    files = {"nargs": "+", "action": "extend", "default": [], "metavar": "GLOB", "type": filled}
+    folder = {"metavar": "DIR", "type": filled}
+    n = len(msd.STAGES)
+    each = functools.partial(number, n=n)
     add = ap.add_argument_group("your data").add_argument
-    add("--teacher", metavar="DIR", help="English sentence encoder: its folder")
-    add("--assistant", metavar="DIR", help="multilingual encoder; without it one is made")
+    add("--teacher", **folder, help="English sentence encoder: its folder")
+    add("--assistant", **folder, help="multilingual encoder; without it one is made")
     add("--train", **files, help="english<TAB>translation files, plain or .gz")
     add("--extra", **files, help="more such files for stages 2 and 3 alone, as the paper does")
     add("--dev", **files, help="held-out pairs, en-XX.tsv: pick the checkpoints, give the accuracy")
-    add("--sts", metavar="DIR", help="sets *.A-B.txt, scored once, at the end; or dev sets, to try")
+    add("--sts", **folder, help="sets *.A-B.txt, scored once, at the end; or dev sets, to try")
     add = ap.add_argument_group("sizes").add_argument
     add("--preset", choices=msd.PRESETS, help="demo without your own data, minilm with it")
     add("--bottleneck", type=number(int, 0), help="B, width of the word table; 0: full, no stage 2")
     add("--layers", type=layer_list, help="the first K layers, as 3; or which, as 1,6,12; one: 12,")
     add("--recurrence", type=number(int, 1, 1000), help="R, times they run; time grows with K x R")
-    add("--vocab", type=number(int, 100), help="pieces learnt here; more help up to a point")
+    add("--vocab", type=number(int, 100, 10**7), help="pieces learnt here; more help up to a point")
     add("--keep-vocab", type=number(int, 1), help="pieces of --assistant to keep, most used first")
-    add = ap.add_argument_group("schedule; of numbers one, or four for stages 1 to 4").add_argument
+    add = ap.add_argument_group(
+        f"schedule; of numbers one, or {n} for stages 1 to {n}"
+    ).add_argument
     all_stages = {"type": stage_list, "default": [*msd.STAGES]}
-    add("--stages", **all_stages, help="1-4; 2-4 takes --assistant as it is")
+    add("--stages", **all_stages, help=f"1-{n}; 2-{n} takes --assistant as it is")
     add("--epochs", type=each(float, 1e-6, 1e6), help="passes over the pairs; 0.1: a quick look")
     add("--batch", type=each(int, 1), help="pairs a step; in stage 4 each is contrasted with all")
     add("--lr", type=each(float, 1e-12), help="peak learning rate; small models take 1e-3 and more")
@@ -114,12 +107,12 @@ def parser():
     add("--no-contrast", action="store_true", help="stage 4 without its contrastive term")
     add("--max-tokens", type=number(int, 3), help="longer sentences are cut; fewer save memory")
     add("--max-chars", type=number(int, 1), help="pairs with a longer side are dropped")
-    add("--max-lines", type=each(int, 1), help="read at most so many lines of each file")
+    add("--max-lines", type=each(int, 1, 2**62), help="read at most so many lines of each file")
     add = ap.add_argument_group("the run").add_argument
-    add("--out", type=Path, metavar="DIR", help="its folder; default: runs/PRESET")
-    add("--cache", default="runs/cache", metavar="DIR", help="for all runs; safe to delete")
+    add("--out", **folder, help="its folder; default: runs/PRESET")
+    add("--cache", default="runs/cache", **folder, help="for all runs; safe to delete")
     add("--keep", action="store_true", help="keep the models between stages, in OUT/stages")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="seeds lie a point apart")
+    add("--seed", type=number(int, 0), default=0, help="scores of two differ by about a point")
     add("--dtype", choices=("float32", "bfloat16"), help="arithmetic; default: the best here")
     add("--device", default=here, help="cpu or cuda; default: what is here")
     return ap
@@ -129,25 +122,37 @@ def parse(argv):
     """The arguments, those not given filled in from the preset. Raises: InputError."""
     args = parser().parse_args(argv)
     args.preset = args.preset or ("minilm" if args.train or args.teacher else "demo")
-    given_lr = args.lr
+    given = argparse.Namespace(**vars(args))
     for name, value in vars(msd.PRESETS[args.preset]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.bottleneck == 0:  # there is nothing to align
         args.stages = [k for k in args.stages if k != 2]
         # Only with a bottleneck does the paper halve xlmr's rate in stage 3.
-        args.lr = given_lr or (*args.lr[:2], args.lr[0], *args.lr[3:])
+        args.lr = given.lr or (*args.lr[:2], args.lr[0], *args.lr[3:])
     need(args.stages, "--stages 2 alone needs a bottleneck")
     need(args.assistant or not args.keep_vocab, "--keep-vocab needs --assistant DIR, to cut its")
     ready = 1 in args.stages or args.assistant
     need(ready, "--stages without 1 needs --assistant DIR, a trained multilingual encoder")
     own = args.preset != "demo" or args.teacher or args.train or args.dev or args.sts or args.extra
     fix = "for the built-in corpus leave out these, --dev, --sts and --extra"
-    whole = args.teacher and args.train
-    need(whole or not own, f"your own data needs both --teacher DIR and --train GLOB; {fix}")
-    args.out = args.out or Path(f"runs/{args.preset}")
+    both = "your own data needs both --teacher DIR and --train GLOB"
+    need(args.teacher and args.train or not own, f"{both}; {fix}")
+    if idle := unused(args, given):
+        data.note(f"{', '.join(idle)}: not used with these stages and sizes")
+    args.out = Path(args.out or f"runs/{args.preset}")
     args.device = usable_device(args.device)
+    args.dtype = args.dtype or M.best_dtype(args.device)[0]
     return args
+
+
+def unused(args, given):
+    """The flags among those given that play no part in the run of these arguments."""
+    stages = [msd.STAGES[k] for k in args.stages]
+    used = dict.fromkeys(("bottleneck", "layers", "recurrence", "init"), args.stages != [1])
+    used |= {"init": used["init"] and args.bottleneck, "vocab": not args.assistant}
+    used |= {"extra": any(s.extra for s in stages), "no_contrast": any(s.contrast for s in stages)}
+    return [f"--{k.replace('_', '-')}" for k in used if not used[k] and getattr(given, k)]
 
 
 def usable_device(name):
@@ -161,37 +166,39 @@ def usable_device(name):
     return name
 
 
-def expand(patterns, flag):
-    """Files of a list of glob patterns. Raises: InputError for a pattern that matches nothing."""
-    files = set()
-    for pattern in patterns:
-        found = {pattern, *glob.glob(pattern, recursive=True)}  # a name may hold a bracket
-        found = {f for f in found if os.path.isfile(f)}
-        need(found, f"{flag} {pattern}: no such file")
-        files |= found
-    return [Path(f) for f in sorted(files)]
-
-
 # ---------------------------------------------------------------------------------------- the run
+MARK = "run.key"  # in each folder that a run makes, see Run.mark
+
+
 class Run:
     """What all parts of a run share: arguments, folder, log, its place among several processes, and
-    what read_inputs adds. All processes do the same; the first one alone writes."""
+    what read_inputs adds. All processes do the same; the first one alone writes.
+
+    files: of --train, --extra and --dev. identity: what makes it this run. result: its last model.
+    trained: that one is there, only the table is missing; what came before may be gone.
+    """
 
     def __init__(self, args):
         self.args, self.out = args, args.out
-        self.world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-        self.rank = int(os.environ["RANK"]) if self.world > 1 else 0
-        # Where the last model is there, only the table is missing; what came before may be gone.
-        self.trained = Path(args.out, "assistant" if args.stages == [1] else "student").exists()
-        if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
-            # They wait for the first, which may take hours over targets, in a group of their own
-            # with a day's patience; NCCL's stays short, so that one that dies is noticed.
-            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-        args.dtype, why = (args.dtype, "asked for") if args.dtype else M.best_dtype(args.device)
+        self.result = self.out / ("assistant" if args.stages == [1] else "student")
+        self.trained, self.is_marked = False, True
+        with M.reading("WORLD_SIZE and RANK", "as torchrun sets them", "; without it unset them"):
+            self.world = int(os.environ.get("WORLD_SIZE") or 1)
+            self.rank = int(os.environ.get("RANK") or -1) if self.world > 1 else 0
+            need(0 <= self.rank < self.world, "RANK is not from 0 to below WORLD_SIZE")
+            if self.world > 1:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in args.device else "gloo")
+                # They wait for the first, which may take hours over targets, in a group of their
+                # own with a day's patience; NCCL's stays short, so that one that dies is noticed.
+                self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        best, why = M.best_dtype(args.device)
+        why = why if args.dtype == best else "asked for"
         where = f"device {args.device}, {args.dtype} ({why}), {torch.get_num_threads()} threads"
         what = f"{args.preset}, stages {args.stages}, seed {args.seed}, folder {self.out}"
         self.say(f"{where}, {self.world} processes; {what}")
+        self.files = {x: data.expand(getattr(args, x), f"--{x}") for x in ("train", "extra", "dev")}
+        self.identity = run_identity(args, self.files)
+        self.key = data.digest(self.identity)
 
     def say(self, text):
         if self.rank == 0:
@@ -220,17 +227,37 @@ class Run:
 
     def build(self, folder, make):
         """The folder of a model, make(), which the first process saves if it is not there."""
+        return folder if self.trained else self.fill(folder, lambda tmp: make().save(tmp))
+
+    def fill(self, folder, write):
+        """The folder that write(new folder) fills, which the first process does, once in a run."""
         with self.main_process_first() as is_main:
-            if is_main and not (folder.exists() or self.trained):
-                model = make()
-                if not folder.exists():  # the same command, running twice, may be faster
-                    model.save(folder)
+            if is_main and not self.has(folder):
+                with data.atomic(folder) as tmp:
+                    write(tmp)
+                    (tmp / MARK).write_text(self.mark(folder, tmp), "utf-8")
+        unseen = f"{folder}: process {self.rank} does not see what the first one made"
+        need(folder.exists(), f"{unseen}; all need the same --out and --cache, on a shared disk")
         return folder
+
+    def has(self, folder):
+        """Is a folder there? Raises: InputError where this run did not make it."""
+        if folder.exists() and self.is_marked:
+            mark = folder / MARK
+            ours = mark.is_file() and mark.read_bytes() == self.mark(folder, folder).encode()
+            need(ours, f"{folder}: not made by this run. Move it away or choose another --out")
+        return folder.exists()
+
+    def mark(self, folder, now):
+        """What this run writes into a folder, which is `now` elsewhere, to know it again: a digest
+        of the run, the folder's name, and the weights or texts in it."""
+        files = (f for kind in ("*.safetensors", "*.tsv", "STS*.txt") for f in now.rglob(kind))
+        return data.digest(self.key, folder.name, *sorted(files))
 
     def load(self, folder, train=False):
         """A model with this run's arithmetic; --max-tokens and, in training, --dropout apply."""
         a = self.args
-        return M.load(folder, a.dtype, a.device, train, a.dropout, a.max_tokens)
+        return checkpoints.load(folder, a.dtype, a.device, train, a.dropout, a.max_tokens)
 
 
 def keep_memory():
@@ -242,27 +269,41 @@ def keep_memory():
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def run_identity(run):
-    """What this run is: its settings, and the names and content of its files. Raises: InputError if
-    it began as another, with both values."""
-    args = run.args
-    file = run.out / "run.json"
+def run_identity(args, files):
+    """What a run is: its settings, and the names and content of its files, as JSON gives it."""
     now = {k: v for k, v in vars(args).items() if k not in FREE}
-    files = {flag: expand(getattr(args, flag), f"--{flag}") for flag in ("train", "extra", "dev")}
     if args.sts:
-        files["sts"] = [f for f in Path(args.sts).glob("[!.]*") if f.is_file()]
-    now |= {flag: sorted((f.name, M.digest(f)) for f in some) for flag, some in files.items()}
+        files = files | {"sts": data.sts_files(args.sts).values()}
+    now |= {flag: sorted((f.name, data.digest(f)) for f in some) for flag, some in files.items()}
     models = {k: now[k] for k in ("teacher", "assistant") if now[k]}
-    now |= {flag: (Path(f).name, M.fingerprint(f)) for flag, f in models.items()}
-    now = json.loads(json.dumps(now))  # as a file gives it back
-    before = M.read_json(file) if file.exists() else now
-    for key in sorted(now | before):
-        was, new = before.get(key), now.get(key)
-        began = f"{run.out}: this run was started with {key} {was!r}, now it is {new!r}"
-        known = key in now and key in before
-        fix = "Give the old value" if known else "Take the revision of this code that began it"
-        need(was == new, f"{began}. {fix} to continue, or choose another --out")
-    return now
+    now |= {flag: (Path(f).name, checkpoints.fingerprint(f)) for flag, f in models.items()}
+    return json.loads(json.dumps(now))
+
+
+def claim(run):
+    """Make sure that all there is in the run's folder is of this run. Raises: InputError."""
+    out, file, now = run.out, run.out / "run.json", run.identity
+    need(not out.is_file(), f"--out {out}: is a file; give a folder")
+    if file.exists():
+        fix = f"; delete all of {out} to begin anew, or choose another --out"
+        with M.reading(file, "what a run is", fix):
+            before = M.read_json(file)
+        # Runs of older revisions have no key, nor have the folders they made.
+        run.is_marked = before.pop("key", None) is not None
+        for key in sorted(now | before):
+            was, new = before.get(key), now.get(key)
+            began = f"{out}: this run was started with {key} {was!r}, now it is {new!r}"
+            known = key in now and key in before
+            fix = "Give the old value" if known else "Take the revision of this code that began it"
+            need(was == new, f"{began}. {fix} to continue, or choose another --out")
+    else:
+        for name in ("results.json", "log.jsonl", "checkpoint.safetensors"):
+            unknown = f"{out / name}: of a run that no run.json beside it describes"
+            need(not (out / name).exists(), f"{unknown}. Move it away or choose another --out")
+    names = ["assistant", "student"] + ["data", "teacher"] * (not run.args.train)
+    for folder in [*map(out.joinpath, names), *out.glob("stages/[!.]*")]:
+        run.has(folder)
+    run.trained = run.result.exists()
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -279,7 +320,7 @@ def fit(run, name, model, steps, lr, loss_at, dev_loss=None):
     eval_steps = {math.ceil(steps * (i + 1) / EVALS) for i in range(EVALS)} if dev_loss else ()
     with deferred_signals() as caught:
         for step in range(training.restore(), steps):
-            seed = M.digest(run.args.seed, name, step, run.rank)  # of dropout
+            seed = data.digest(run.args.seed, name, step, run.rank)  # of dropout
             torch.manual_seed(int(seed[:15], 16))
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate_at(step, steps)
@@ -370,16 +411,19 @@ class Training:
     def save(self, step):
         """Write the checkpoint: the first process does, and nobody goes on before it has."""
         self.check(step)
-        meta = {"stage": self.name, "step": step, "best": self.best_loss, "seconds": self.seconds()}
+        meta = {"run": self.run.key, "stage": self.name, "step": step}
+        meta |= {"best": self.best_loss, "seconds": self.seconds()}
         with self.run.main_process_first() as is_main:
             if is_main:
-                M.write_safetensors(self.file, self.tensors, {k: str(v) for k, v in meta.items()})
+                with data.atomic(self.file) as tmp:
+                    M.write_safetensors(tmp, self.tensors, {k: str(v) for k, v in meta.items()})
         self.saved = time.monotonic()
 
     def restore(self):
         """The step to begin at: that of this stage's checkpoint, or 0. Raises: InputError."""
-        fix = f"; delete it to redo {self.name}"
+        fix, key = f"; delete it to redo {self.name}", self.run.key
         tensors, meta = M.read_safetensors(self.file, fix=fix) if self.file.exists() else ({}, {})
+        need(meta.get("run", key) == key, f"{self.file}: not of this run{fix}")
         step = 0
         if meta.get("stage") == self.name:
             with M.reading(self.file, "a whole checkpoint", fix):
@@ -392,7 +436,7 @@ class Training:
         if self.run.rank == 0:  # the log forgets what came after the checkpoint
             log = read_log(self.run.out)
             log = [e for e in log if e.get("stage") != self.name or e.get("step", step) < step]
-            with M.atomic(self.run.out / "log.jsonl") as tmp:
+            with data.atomic(self.run.out / "log.jsonl") as tmp:
                 tmp.write_text("".join(json.dumps(e) + "\n" for e in log), "utf-8")
         return step
 
@@ -442,8 +486,7 @@ class Training:
 def read_log(folder):
     """The entries of a run's log; a line that cannot be read, as a kill leaves it, is left out."""
     file = folder / "log.jsonl"
-    entries = []
-    text = file.read_text("utf-8", errors="replace") if file.exists() else ""
+    entries, text = [], file.read_text("utf-8", errors="replace") if file.exists() else ""
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
@@ -456,16 +499,16 @@ def train_stage(run, stage, models, start, folder):
 
     models: {"teacher": folder, "assistant": folder}; msd.STAGES says which gives the targets.
     """
-    if folder.exists() or run.trained:
+    if run.trained or run.has(folder):
         return folder
-    args, spec, corpus = run.args, msd.STAGES[stage], run.corpus
+    args, spec = run.args, msd.STAGES[stage]
     lr, batch, epochs = (x[stage - 1] for x in (args.lr, args.batch, args.epochs))
     model = run.load(start, train=True)
     source = models[spec.targets]
     for part in (model.layers, model.dense):
         part.requires_grad_(not spec.embeddings_only)  # stage 2 has no use for them
     pairs = stage_pairs(run, stage)
-    loss_at, steps = stage_batches(run, stage, model, corpus, pairs, source, epochs)
+    loss_at, steps = stage_batches(run, stage, model, run.corpus, pairs, source, epochs)
     dev_loss = None
     if run.dev:
         sample = np.random.default_rng(0).permutation(run.dev.pairs)[:1000]
@@ -488,10 +531,10 @@ def stage_pairs(run, stage):
 def stage_batches(run, stage, model, corpus, pairs, source, epochs=None):
     """(loss_at, steps) of a stage over these pairs (n, 2) of a corpus, for fit.
 
-    source: the folder of the encoder that gives the targets, made once of the sentences that will
-    be seen and read from disk by step. epochs: passes, for training; without, one for dev.
+    source: the folder of the encoder that gives the targets. epochs: passes, for training; without,
+    one for dev.
     """
-    args, spec = run.args, msd.STAGES[stage]
+    args = run.args
     with run.main_process_first():
         flat, starts = data.tokens(corpus, model, args.cache)
     lengths = np.diff(starts)[pairs]  # (n, 2)
@@ -503,31 +546,43 @@ def stage_batches(run, stage, model, corpus, pairs, source, epochs=None):
     one_pass = batches(0)
     steps = math.ceil((epochs or 1) * len(one_pass))
     seen = pairs[np.concatenate(one_pass[:steps])]  # (m, 2)
-    wanted = np.unique(seen if spec.per_side else seen[:, 0])
-    name = M.fingerprint(source)
-    with run.main_process_first():
-        targets = data.vectors(
-            corpus, wanted, run.load(source), name, args.cache, spec.embeddings_only
-        )
+    targets_of = stage_targets(run, stage, corpus, seen, source)
     net = model  # what the loss calls
     if epochs and run.world > 1:  # averages the gradients over the processes
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    def target(sentences):
-        return put(targets[np.searchsorted(wanted, sentences)], args.device).float()  # (N, H)
-
     def loss_at(step):
         epoch, i = divmod(step, len(one_pass))
         numbers = batches(epoch)[i]  # (N,)
-        s, t = pairs[numbers].T  # (N,) each
-        y_s, y_t = target(s), target(t) if spec.per_side else None
+        targets = targets_of(pairs[numbers])
         rows, gather = share_of(run, len(numbers))
-        both = np.concatenate([s[rows], t[rows]])
+        both = pairs[numbers[rows]].T.ravel()  # (2N,): English sides, then translations
         ids, mask = model.batch(flat, starts, both)  # (2N, T) each
-        terms = msd.stage_loss(stage, net, ids, mask, y_s, y_t, not args.no_contrast, gather)
+        how = {"contrast": not args.no_contrast, "gather": gather}
+        terms = msd.stage_loss(stage, net, ids, mask, *targets, **how)
         return terms, int(lengths[numbers].sum())
 
     return loss_at, steps
+
+
+def stage_targets(run, stage, corpus, pairs, source):
+    """targets_of(some of these pairs (N, 2)): the targets (N, H) of each side, or those of the
+    English one, which serve both. Made once, then read from disk as they are needed.
+
+    source: the folder of the encoder that gives them.
+    """
+    args, spec = run.args, msd.STAGES[stage]
+    wanted = np.unique(pairs if spec.per_side else pairs[:, 0])
+    name = checkpoints.fingerprint(source)
+    with run.main_process_first():
+        encoder = run.load(source)
+        made = data.vectors(corpus, wanted, encoder, name, args.cache, spec.embeddings_only)
+
+    def targets_of(pairs):
+        sides = pairs.T if spec.per_side else pairs.T[:1]  # each (N,)
+        return [put(made[np.searchsorted(wanted, s)], args.device).float() for s in sides]
+
+    return targets_of
 
 
 @torch.inference_mode()
@@ -554,13 +609,14 @@ def share_of(run, n):
     index = put(rows, run.args.device)
 
     def gather(x):
-        x = x[: len(rows)]  # of an empty share, a row that does not count
+        x = x[: len(rows)]  # a process without rows has computed one, which is not for the loss
         whole = x.new_zeros(n, x.shape[1]).index_copy(0, index, x.detach())
         dist.all_reduce(whole)
         if x.requires_grad:
             x.register_hook(lambda g: run.world * g)
         return whole.index_copy(0, index, x)
 
+    # One row where there are none: DDP waits for the gradients of every process.
     return rows if len(rows) else np.zeros(1, np.int64), gather
 
 
@@ -570,17 +626,19 @@ def pipeline(run):
 
     Each step is skipped where its folder is there: the same command continues a run.
     """
-    args, out, stage_dir = run.args, run.out, run.out / "stages"
     read_inputs(run)
     write_run_json(run)
-    models = {"teacher": Path(args.teacher) if args.teacher else demo_teacher(run)}  # by row
-    look_at_teacher(run, models["teacher"])
+    args, out, stage_dir = run.args, run.out, run.out / "stages"
+    teacher = Path(args.teacher) if args.teacher else demo.make_teacher(run, fit)
+    models = {"teacher": teacher}  # by row of the table
+    if run.rank == 0:
+        run.say(look_at_teacher(run.load(teacher), run.corpus))
 
     # The assistant: given, or the teacher's body with a new vocabulary; stage 1 trains it.
     assistant = args.assistant and Path(args.assistant)
     if not assistant:
         start = stage_dir / "assistant-start"
-        assistant = run.build(start, lambda: start_assistant(run, models["teacher"]))
+        assistant = run.build(start, lambda: start_assistant(run, teacher))
     elif args.keep_vocab:
         models["assistant, given"] = assistant
         cut = stage_dir / "assistant-start" if 1 in args.stages else out / "assistant"
@@ -595,7 +653,7 @@ def pipeline(run):
         student = run.build(stage_dir / "student-start", lambda: start_student(run, assistant))
         models["student, untrained"] = student
         for k in student_stages:
-            folder = out / "student" if k == student_stages[-1] else stage_dir / f"stage{k}"
+            folder = run.result if k == student_stages[-1] else stage_dir / f"stage{k}"
             student = train_stage(run, k, models, student, folder)
             models[f"student, stage {k}"] = student
     if run.rank == 0:
@@ -604,7 +662,36 @@ def pipeline(run):
 
 def read_inputs(run):
     """Set run.corpus, run.dev and run.sts, and say what they look like. Raises: InputError for
-    sizes that do not fit, before any work."""
+    what does not fit, before any work."""
+    args, files, sts = run.args, run.files, run.args.sts
+    check_models(run)
+    if not args.train:
+        files, sts = demo.corpus_files(run)
+    run.sts = data.read_sts(sts) if sts else {}
+    run.say(f"data: reading {sum(map(len, files.values()))} files")
+    most = max(args.max_lines)
+    with run.main_process_first():
+        read = functools.partial(data.build_corpus, cache=args.cache, max_chars=args.max_chars)
+        run.corpus = read(files["train"], extra=files["extra"], max_lines=most)
+        run.dev = read(files["dev"]) if files["dev"] else None
+    run.say("\n".join(run.corpus.describe(most)))
+    for line in checks.pairs.check(run.corpus, run.dev, run.sts, sts):
+        run.say(line)
+    for k in args.stages:
+        dropped = f"all lines of --train up to --max-lines {args.max_lines[k - 1]} were dropped"
+        need(stage_pairs(run, k).size, f"stage {k} has no pairs: {dropped}")
+
+
+def write_run_json(run):
+    """Note what this run is, once its inputs are known: a mistyped path leaves nothing behind."""
+    if run.rank == 0 and not (run.out / "run.json").exists():
+        with data.atomic(run.out / "run.json") as tmp:
+            tmp.write_text(json.dumps(run.identity | {"key": run.key}, indent=1), "utf-8")
+        run.log(data=run.corpus.report)
+
+
+def check_models(run):
+    """Raises: InputError where teacher, assistant and the sizes asked for do not go together."""
     args = run.args
     body = teacher = run.load(args.teacher).config if args.teacher else demo.TEACHER
     if args.assistant:
@@ -616,79 +703,15 @@ def read_inputs(run):
         widths = f"vectors of width {body.width}, the teacher {named} has {teacher.width}"
         need(body.width == teacher.width, f"{args.assistant}: {widths}; the widths must match")
     if args.stages != [1]:
+        which = args.assistant or args.teacher
+        need(not body.bottleneck_size, f"{which}: has a bottleneck; give the full-size model")
         msd.check_sizes(body, args.bottleneck, args.layers, args.recurrence)
-    if not args.train:  # the built-in corpus, as files of the run
-        made = run.out / "data"
-        with run.main_process_first():
-            if not made.exists():
-                demo.write_demo(made)
-        # run.json, of what was given, is settled by now.
-        args.train, args.dev = ([f"{glob.escape(str(made / x))}/*.tsv"] for x in ("train", "dev"))
-        args.sts = made / "sts"
-    run.sts = data.read_sts(args.sts) if args.sts else {}
-    train, extra, dev = (expand(getattr(args, x), f"--{x}") for x in ("train", "extra", "dev"))
-    run.say(f"data: reading {len(train + extra + dev)} files")
-    most = max(args.max_lines)
-    with run.main_process_first():
-        run.corpus = data.build_corpus(train, args.cache, extra, args.max_chars, most)
-        run.dev = data.build_corpus(dev, args.cache, (), args.max_chars) if dev else None
-    run.say("\n".join(run.corpus.describe(most)))
-    for line in checks.pairs.check(run.corpus, run.dev, run.sts, args.sts):
-        run.say(line)
-    for k in args.stages:
-        dropped = f"all lines of --train up to --max-lines {args.max_lines[k - 1]} were dropped"
-        need(stage_pairs(run, k).size, f"stage {k} has no pairs: {dropped}")
-
-
-def write_run_json(run):
-    """Note what this run is, once its inputs are known: a mistyped path leaves nothing behind."""
-    if run.rank == 0 and not (run.out / "run.json").exists():
-        with M.atomic(run.out / "run.json") as tmp:
-            tmp.write_text(json.dumps(run.identity, indent=1), "utf-8")
-        run.log(data=run.corpus.report)
-
-
-def demo_teacher(run):
-    """The folder of the demo's teacher, a stand-in for a real one, trained on scored pairs."""
-    args, folder = run.args, run.out / "teacher"
-    if not (folder.exists() or run.trained):
-        scored = data.read_sts(run.out / "data" / "sts-train")["en-en"]
-        model, loss_at = demo.teacher(scored, args.seed, getattr(torch, args.dtype), args.device)
-        fit(run, "teacher", model, demo.TEACHER_STEPS, demo.TEACHER_LR, loss_at)
-        run.build(folder, lambda: model)
-    return folder
-
-
-def look_at_teacher(run, folder):
-    """A look at the teacher's vectors before hours of training on them."""
-    if run.rank:
-        return
-    teacher, corpus = run.load(folder), run.corpus
-    ids = np.random.default_rng(0).permutation(np.unique(corpus.pairs[:, 0]))[:4000]
-    flat, starts = teacher.tokenize(corpus.texts(np.sort(ids)))
-    progress = M.meter("a look at the teacher")
-    norm, cosine, error = describe_vectors(teacher.embed(flat, starts, progress=progress))
-    cut = (np.diff(starts) >= teacher.config.max_seq_length).mean()
-    run.say(
-        f"teacher: width {teacher.config.width}, mean norm {norm:.3f}, mean cosine of different "
-        f"sentences {cosine:.3f}, {cut:.1%} truncated; MSE of the best constant guess {error:.5f}: "
-        "a loss term near it has learnt nothing"
-    )
-    if cosine > 0.8:
-        run.say("  warning: all sentences look alike to this teacher; is it the right pooling?")
-
-
-def describe_vectors(v):
-    """(mean norm, mean off-diagonal cosine, MSE of the best constant guess) of vectors (n, H)."""
-    n, total = len(v), M.unit(v).sum(0)
-    cosine = (total @ total - n) / (n * (n - 1)) if n > 1 else math.nan
-    return np.linalg.norm(v, axis=1).mean(), cosine, v.var(0).mean()
 
 
 def start_assistant(run, teacher_folder):
     """The teacher's body with a vocabulary learnt from the training text."""
     args, corpus = run.args, run.corpus
-    teacher = M.load(teacher_folder, "float32", "cpu", train=True)
+    teacher = checkpoints.load(teacher_folder, "float32", "cpu", train=True)
     lower_case = np.array_equal(teacher.tokenize(["A"])[0], teacher.tokenize(["a"])[0])
     some = np.random.default_rng(0).permutation(len(corpus.pairs))[: msd.ALIGNED_PAIRS]
     run.say(f"vocabulary: {args.vocab:,} pieces, begun by the alignment of {len(some):,} pairs")
@@ -699,8 +722,8 @@ def start_assistant(run, teacher_folder):
 
 def start_cut_assistant(run):
     """The given assistant with the --keep-vocab pieces that the training text uses most."""
-    assistant = M.load(run.args.assistant, "float32", "cpu", train=True)
-    counts = piece_counts(run, assistant)
+    assistant = checkpoints.load(run.args.assistant, "float32", "cpu", train=True)
+    counts = data.piece_counts(run.corpus, assistant, run.args.cache)
     tokenizer, kept = data.cut_vocabulary(assistant.tokenizer, counts, run.args.keep_vocab)
     for language, sides in run.dev.by_language().items() if run.dev else ():
         flat, _ = assistant.tokenize([t for side in sides for t in side])
@@ -713,199 +736,69 @@ def start_student(run, assistant_folder):
     """The student before its first stage."""
     a = run.args
     assistant = run.load(assistant_folder, train=True)  # float32
-    counts = piece_counts(run, assistant, 10**7)  # sentences are in no order: a fair sample
+    counts = data.piece_counts(run.corpus, assistant, a.cache, most=10**7)
     return msd.make_student(assistant, a.bottleneck, a.layers, a.recurrence, a.init, a.seed, counts)
 
 
-def piece_counts(run, encoder, most=None):
-    """How often the training text, or its first `most` tokens, use each piece: (V,)."""
-    ids, _ = data.tokens(run.corpus, encoder, run.args.cache)
-    return np.bincount(ids[:most], minlength=encoder.config.vocab_size)
-
-
-# ------------------------------------------------------------------------------------- evaluation
-def ranks(x):
-    """Ranks from 1, ties averaged."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def spearman(x, y):
-    """Spearman's rank correlation of two arrays (n,), ties averaged; nan where one is constant."""
-    with np.errstate(invalid="ignore"):
-        return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
-
-
-def mean_spearman(scores):
-    """(all, monolingual, cross-lingual) means over sets named A-B; nan for none."""
-    mono = [x for name, x in scores.items() if len(set(name.split("-"))) == 1]
-    cross = [x for name, x in scores.items() if len(set(name.split("-"))) == 2]
-    return tuple(float(np.mean(x)) if x else math.nan for x in ([*scores.values()], mono, cross))
-
-
-def similarity_scores(encode, sets):
-    """{"en-de": cosine of each pair (n,)} for the sets of data.read_sts; a sentence once."""
-    texts = list(dict.fromkeys(t for a, b, _ in sets.values() for t in (*a, *b)))
-    vector = dict(zip(texts, M.unit(encode(texts))))
-    sides = {k: [np.stack([vector[t] for t in side]) for side in s[:2]] for k, s in sets.items()}
-    return {k: (a * b).sum(1) for k, (a, b) in sides.items()}
-
-
-def retrieval(x, y, block=1024):
-    """Translation accuracy in both directions, in percent: x[i] and y[i] (n, H) are translations.
-
-    The nearest neighbour by cosine must be the right one; ties are wrong: equal vectors score 0.
-    """
-    x, y = M.unit(x), M.unit(y)
-
-    def hits(a, b):
-        n = 0
-        for i in range(0, len(a), block):
-            sims = a[i : i + block] @ b.T  # (block, n)
-            right = sims.diagonal(i)  # of x[i] with y[i]
-            n += int(((sims >= right[:, None]).sum(1) == 1).sum())
-        return 100 * n / len(a)
-
-    return hits(x, y), hits(y, x)
-
-
-def evaluate(model, sets, dev, dev_targets):
-    """(one row of the table, cosines by set).
-
-    Spearman x 100 by set, accuracy both ways and 100 x MSE to the teacher by dev language.
-    sets: data.read_sts. dev: {language: (english, translations)}. dev_targets: {language: (n, H)}.
-    """
-    cosines = similarity_scores(model.encode, sets) if sets else {}
-    scores = {k: 100 * spearman(c, sets[k][2]) for k, c in cosines.items()}
-    row = {"spearman": scores, "accuracy": {}, "mse": {}}
-    for language, sides in dev.items():
-        x, y = (model.encode(side, normalize=False) for side in sides)
-        row["accuracy"][language] = retrieval(x, y)
-        goal = dev_targets[language]
-        row["mse"][language] = [100 * float(np.square(v - goal).mean()) for v in (x, y)]
-    return row, cosines
-
-
-def bootstrap(sets, a, b, n=1000, seed=0):
-    """How sure is the difference b - a of two models?
-
-    {"all": [difference, low, high], "mono": ..., "cross": ...} of mean Spearman x 100, with the
-    bounds of 95 % of n paired resamples of the sentence pairs. sets: data.read_sts; a, b:
-    similarity_scores of the two. Sets of one length share their draws: the languages of STS
-    benchmark translate the same pairs, and drawing them apart would make the bounds too narrow.
-    """
-
-    def difference(rows):  # (3,); rows: {length: numbers of pairs}
-        drawn = [(k, gold, rows[len(gold)]) for k, (_, _, gold) in sets.items()]
-        scores = ({k: 100 * spearman(c[k][i], g[i]) for k, g, i in drawn} for c in (a, b))
-        before, after = map(mean_spearman, scores)
-        return np.subtract(after, before)
-
-    rng, sizes = np.random.default_rng(seed), sorted({len(s[2]) for s in sets.values()})
-    whole = difference({m: np.arange(m) for m in sizes})
-    draws = np.array([difference({m: rng.integers(0, m, m) for m in sizes}) for _ in range(n)])
-    bounds = {}
-    for kind, value, drawn in zip(("all", "mono", "cross"), whole, draws.T):
-        if not math.isnan(value):  # there are such sets
-            low, high = np.nanpercentile(drawn, [2.5, 97.5])  # a draw may be constant
-            bounds[kind] = [float(value), float(low), float(high)]
-    return bounds
-
-
-# -------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the end
 def finish(run, models):
-    """Score models {row: folder} on the test sets, once; write results.json, print, clear up."""
+    """Score models {row: folder} on the test sets, once, and write results.json."""
     # What came before a trained model may be gone, but not the assistant: all is compared with it.
     models = {k: f for k, f in models.items() if f.exists() or k == "assistant"}
-    rows, cosines = {}, {}
     dev = run.dev.by_language() if run.dev else {}
-    for label, folder in models.items():
+    rows, cosines = {}, {}
+    for label, row, found in evaluate_all(run.load, models, run.sts, dev):
         if (run.out / "results.json").exists():
-            return run.say("the same command, running twice, was faster")
-        model, sets, pairs = run.load(folder), run.sts, dev
-        if label == "teacher":  # it knows English alone, and gives the goals of all others
-            sets, pairs = {k: v for k, v in sets.items() if k == "en-en"}, {}
-            goals = {k: model.encode(sides[0], normalize=False) for k, sides in dev.items()}
-        rows[label], cosines[label] = evaluate(model, sets, pairs, goals)
-        rows[label]["sizes"] = M.ledger(model.config)
+            return  # the same command, running twice, was faster
+        folder = str(models[label]).removeprefix(f"{run.out}{os.sep}")
+        rows[label], cosines[label] = row | {"folder": folder}, found
         run.say(f"evaluated {label}")
-    last = list(models)[-1]
-    compared = run.sts and last != "assistant"
+    last = list(models)[-1]  # the student, or with stage 1 alone the assistant
+    sure = bootstrap(run.sts, cosines["assistant"], cosines[last]) if last != "assistant" else {}
     git = {"cwd": Path(__file__).parent, "shell": True, "capture_output": True, "text": True}
     results = {
         "rows": rows,
-        "bootstrap": bootstrap(run.sts, cosines["assistant"], cosines[last]) if compared else {},
-        "stages": [e for e in read_log(run.out) if e.get("done")],
+        "bootstrap": sure,
+        "stages": [*{e["stage"]: e for e in read_log(run.out) if e.get("done")}.values()],
         "arguments": run.identity,
+        "keep": run.args.keep,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {run.args.device}, {run.world} processes",
         "versions": {m.__name__: m.__version__ for m in (torch, tokenizers, np)},
         "git": subprocess.run("git describe --always --dirty", **git).stdout.strip() or None,
     }
-    with M.atomic(run.out / "results.json") as tmp:
+    with data.atomic(run.out / "results.json") as tmp:
         tmp.write_text(json.dumps(results, indent=1), "utf-8")
-    M.delete(run.out / "checkpoint.safetensors")
-    if not run.args.keep:
-        M.delete(run.out / "stages")
-    run.say(table(results))
 
 
-def table(results):
-    """The whole story of a run as text, from its results.json."""
-    rows, scores, sizes = results["rows"], {}, {}
-    names = list(rows["assistant"]["spearman"])
-    for label, row in rows.items():
-        everything, mono, cross = mean_spearman(row["spearman"])
-        everything = math.nan if label == "teacher" else everything  # it has en-en alone
-        by_set = (row["spearman"].get(k, math.nan) for k in names)
-        scores[label] = *by_set, mono, cross, everything
-        by_language = [(*row["accuracy"][k], *row["mse"][k]) for k in row["accuracy"]]
-        dev = np.mean(by_language, axis=0) if by_language else [math.nan] * 4
-        share = row["sizes"]["total"] / rows["assistant"]["sizes"]["total"]
-        sizes[label] = *row["sizes"].values(), share, *dev
-    heads = ["Spearman x 100", *names, "mono", "cross", "all"]
-    lines = aligned(heads, [".1f"] * (len(names) + 3), scores)
-    heads = ["parameters; dev pairs", "embedding", "layers", "other", "total", "of assistant"]
-    heads += ["en->xx", "xx->en", "100 MSE en", "100 MSE xx"]
-    lines += aligned(heads, [",", ",", ",", ",", ".1%", ".1f", ".1f", ".3f", ".3f"], sizes)
-    if compared := results["bootstrap"]:
-        bounds = [f"{k} {d:+.1f} ({a:+.1f} to {b:+.1f})" for k, (d, a, b) in compared.items()]
-        lines += ["", f"student - assistant, with 95 % of paired resamples: {', '.join(bounds)}"]
-    seconds = ", ".join(f"{e['stage']} {e['seconds']:.0f} s" for e in results["stages"])
-    given = results["arguments"]
-    how = f"{given['dtype']}, {results['threads']} threads, seed {given['seed']}"
-    return "\n".join([*lines, "", f"{seconds}; {how}"])
+def report(run):
+    """Print the table of a finished run and what to type next; delete what only training needs."""
+    file = run.out / "results.json"
+    with M.reading(file, "this run's results", "; delete it and run the same command again"):
+        results = M.read_json(file)
+        need(results["arguments"] == run.identity, "of other arguments or data")
+        text = table(results)
+    data.delete(run.out / "checkpoint.safetensors")
+    if not (run.args.keep or results.get("keep", True)):  # a kill may have left them
+        data.delete(run.out / "stages")
+    texts = [*run.files["dev"], *run.files["train"], *sorted(run.out.glob("data/dev/*.tsv"))]
+    lines = next((f for f in texts if f.suffix != ".gz"), "lines.txt")  # to search, for example
+    model, lines, export = (shlex.quote(str(f)) for f in (run.result, lines, run.out / "export"))
+    run.say("this run is finished; without its results.json the same command writes it again")
+    run.say(f"{text}\n\npython -m tools search {model} {lines} 'what to look for'")
+    run.say(f"python -m tools export {model} {export}")
 
 
-def aligned(heads, formats, rows):
-    """Lines of a table: rows {label: values}, under heads, the labels' first; nan as "-"."""
-    cells = [heads]
-    for label, values in rows.items():
-        shown = ("-" if math.isnan(v) else format(v, f) for v, f in zip(values, formats))
-        cells.append([label, *shown])
-    widths = [max(map(len, column)) + 2 for column in zip(*cells)]
-    lines = [""]
-    for label, *numbers in cells:
-        lines.append(label.ljust(widths[0]) + "".join(map(str.rjust, numbers, widths[1:])))
-    return lines
-
-
-# ------------------------------------------------------------------------------------ the command
 def main(argv=None):
     """Run, continue or report a run in --out."""
-    args = parse(argv)
-    run = Run(args)
-    file = args.out / "results.json"
-    need(not args.out.is_file(), f"--out {args.out}: is a file; give a folder")
+    run = Run(parse(argv))
     keep_memory()
-    run.identity = run_identity(run)
-    if not file.exists():
-        return pipeline(run)
-    run.say("this run is finished; without its results.json the same command writes it again")
-    with M.reading(file, "a run's results", "; delete it and run the same command again"):
-        text = table(M.read_json(file))
-    run.say(text)
+    claim(run)
+    if not (run.out / "results.json").exists():
+        pipeline(run)
+    if run.rank == 0:
+        report(run)
 
 
 if __name__ == "__main__":
-    M.run_cli(main)
+    run_cli(main)

@@ -17,7 +17,7 @@ import torch
 
 import data
 import msd
-from model import Config, Encoder, InputError, atomic, put
+from model import Config, Encoder, InputError, put
 
 DEMO = Path(__file__).parent
 LANGUAGES = ("de", "es", "it", "fr", "ar", "tr", "nl")  # the paper's target languages
@@ -171,25 +171,30 @@ def write_demo(folder, sentences=20000, dev=500, scored=400, teacher=24000):
     """
     words = read_lexicons()
     meanings = Meanings(words["en"])
-    with atomic(folder) as tmp:
-        for split, n in (("train", sentences), ("dev", dev)):
-            (tmp / split).mkdir(parents=True)
-            chosen, m = {}, None
-            while len(chosen) < n:  # every second sentence is close to its neighbour: hard
-                m, how = meanings.draw(split, m if len(chosen) % 2 else None), meanings.phrase()
-                chosen.setdefault(say("en", words["en"], m, *how), (m, how))
-            for x in LANGUAGES:
-                lines = (f"{s}\t{say(x, words[x], m, *how)}\n" for s, (m, how) in chosen.items())
-                (tmp / split / f"en-{x}.tsv").write_text("".join(lines), "utf-8")
-        for name, split, n, which in (
-            ("sts-train", "train", teacher, ["en-en"]),
-            ("sts-dev", "dev", scored, STS_PAIRS),
-            ("sts", "test", scored, STS_PAIRS),
-        ):
-            (tmp / name).mkdir()
-            for pair in which:
-                rows = (scored_pair(words, meanings, split, *pair.split("-")) for _ in range(n))
-                (tmp / name / f"STS.{pair}.txt").write_text("".join(rows), "utf-8")
+    for split, n in (("train", sentences), ("dev", dev)):
+        (folder / split).mkdir(parents=True)
+        chosen, m = {}, None
+        while len(chosen) < n:  # every second sentence is close to its neighbour: hard
+            m, how = meanings.draw(split, m if len(chosen) % 2 else None), meanings.phrase()
+            chosen.setdefault(say("en", words["en"], m, *how), (m, how))
+        for x in LANGUAGES:
+            lines = (f"{s}\t{say(x, words[x], m, *how)}\n" for s, (m, how) in chosen.items())
+            (folder / split / f"en-{x}.tsv").write_text("".join(lines), "utf-8")
+    for name, split, n, which in (
+        ("sts-train", "train", teacher, ["en-en"]),
+        ("sts-dev", "dev", scored, STS_PAIRS),
+        ("sts", "test", scored, STS_PAIRS),
+    ):
+        (folder / name).mkdir()
+        for pair in which:
+            rows = (scored_pair(words, meanings, split, *pair.split("-")) for _ in range(n))
+            (folder / name / f"STS.{pair}.txt").write_text("".join(rows), "utf-8")
+
+
+def corpus_files(run):
+    """The built-in corpus in a run's folder: (files of train, extra and dev; folder of sts)."""
+    made = run.fill(run.out / "data", write_demo)
+    return {x: sorted(made.glob(f"{x}/*.tsv")) for x in ("train", "extra", "dev")}, made / "sts"
 
 
 def scored_pair(words, meanings, split, a, b):
@@ -206,8 +211,21 @@ TEACHER = Config(0, 128, 4, 4, 512, 64, pad_token_id=1, max_seq_length=64)
 TEACHER_STEPS, TEACHER_LR, TEACHER_BATCH = 450, 2e-3, 128
 
 
+def make_teacher(run, fit):
+    """The folder of a run's teacher: a small English encoder, the stand-in for a real one, which
+    train.fit trains on the scored pairs of the built-in corpus."""
+    folder = run.out / "teacher"
+    if not (run.trained or run.has(folder)):
+        args = run.args
+        scored = data.read_sts(run.out / "data" / "sts-train")["en-en"]
+        model, loss_at = teacher(scored, args.seed, getattr(torch, args.dtype), args.device)
+        fit(run, "teacher", model, TEACHER_STEPS, TEACHER_LR, loss_at)
+        run.build(folder, lambda: model)
+    return folder
+
+
 def teacher(scored, seed, dtype, device):
-    """(model, loss_at) for train.fit: a small English encoder, the stand-in for a real teacher.
+    """(model, loss_at) for train.fit of the teacher before its first step.
 
     scored: sentences, sentences, scores; the cosine of two is to be their score / 5.
     """

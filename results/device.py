@@ -22,9 +22,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data  # noqa: E402 - found through the line above
-import model as M  # noqa: E402 - as above
 import msd  # noqa: E402 - as above
 import train  # noqa: E402 - as above
+from tools.checkpoints import load  # noqa: E402 - as above
 
 ROUNDS = 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +49,7 @@ def matrix_rate(n):
 
 def encoders(folder):
     """{name: encode}: ours in both precisions, sentence-transformers in several batches."""
-    ours = {f"here, {dtype}": M.load(folder, dtype).encode for dtype in ("float32", "bfloat16")}
+    ours = {f"here, {dtype}": load(folder, dtype).encode for dtype in ("float32", "bfloat16")}
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
@@ -82,7 +82,7 @@ def encoding(folder, texts):
 
 def targets(folder, corpus, rate):
     """Print how fast targets are made: text from the store, vectors to the disk in float16."""
-    model, ids = M.load(folder, "bfloat16"), np.arange(len(corpus.first))
+    model, ids = load(folder, "bfloat16"), np.arange(len(corpus.first))
     with tempfile.TemporaryDirectory() as cache:
         begun = clock()
         data.vectors(corpus, ids, model, "", cache)
@@ -94,7 +94,7 @@ class Step:
     """Stage 1's training step on whole batches of pairs, again and again."""
 
     def __init__(self, folder, corpus, size):
-        self.model = M.load(folder, "bfloat16", train=True)
+        self.model = load(folder, "bfloat16", train=True)
         s, t = (corpus.texts(side) for side in corpus.pairs.T)
         self.tokens, self.at_once = self.model.tokenize(s + t), True
         lengths = np.diff(self.tokens[1]).reshape(2, -1)

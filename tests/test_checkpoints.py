@@ -10,6 +10,7 @@ import torch
 import model as M
 import msd
 from test_msd import CASES, TEXTS, needs_cases, tiny, write
+from tools import checkpoints
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_sentence_transformers_directory(folder, tmp_path):
     root, m = folder
     raw = json.loads((root / "tokenizer.json").read_text("utf-8"))
     write(root / "tokenizer.json", json.dumps(raw | {"normalizer": {"type": "NFKC"}}))
-    got = M.load(root, "float32")
+    got = checkpoints.load(root, "float32")
     assert got.config.normalize and got.config.max_seq_length == 20 and got.config.pooling == "mean"
     assert np.array_equal(got.tokenize(["A MAN"])[0], got.tokenize(["a man"])[0])
     m.tokenizer.enable_truncation(20)
@@ -86,10 +87,12 @@ def test_sentence_transformers_directory(folder, tmp_path):
         index |= {k: f"part-{i}.safetensors" for k in part}
     (root / "model.safetensors").unlink()
     write(root / "model.safetensors.index.json", json.dumps({"weight_map": index}))
-    assert (M.load(root, "float32").encode(TEXTS) * got.encode(TEXTS)).sum(1).min() > 0.9999
+    assert (checkpoints.load(root, "float32").encode(TEXTS) * got.encode(TEXTS)).sum(
+        1
+    ).min() > 0.9999
     M.write_safetensors(root / "part-0.safetensors", tensors)
     with pytest.raises(M.InputError, match="part-1.safetensors: holds what another file holds"):
-        M.load(root)
+        checkpoints.load(root)
 
 
 def edit(path, **changes):
@@ -190,7 +193,7 @@ def test_bad_model_directories(folder, damage, message):
     root, _ = folder
     damage(root)
     with pytest.raises(M.InputError, match=message) as e:
-        M.load(root)
+        checkpoints.load(root)
     assert str(root) in str(e.value)
 
 
@@ -205,7 +208,7 @@ def test_weights_are_strict(folder):
     with pytest.raises(
         M.InputError, match='Missing key.*"layers.1.down.bias".*Unexpected key.*"encoder.layr.1'
     ):
-        M.load(root)
+        checkpoints.load(root)
 
 
 def test_broken_weights(folder):
@@ -227,7 +230,7 @@ def test_broken_weights(folder):
     ):
         M.write_safetensors(root / "model.safetensors", {**tensors, **change})
         with pytest.raises(M.InputError, match=message):
-            M.load(root).encode("red")
+            checkpoints.load(root).encode("red")
     # Half of the layers gone is no recurrent model: only the authors' students, known by
     # their bottleneck, leave R unsaid.
     M.write_safetensors(
@@ -237,17 +240,17 @@ def test_broken_weights(folder):
     with pytest.raises(
         M.InputError, match="num_hidden_layers is 4, expected 2, the layers in the weights"
     ):
-        M.load(root)
+        checkpoints.load(root)
 
 
 def test_a_fingerprint_is_of_what_load_reads(folder):
     """A run inside the teacher's folder does not make it another teacher; its pooling would."""
     root, _ = folder
-    first = M.fingerprint(root)
+    first = checkpoints.fingerprint(root)
     write(root / "run" / "results.json", "{}")
-    assert M.fingerprint(root) == first
+    assert checkpoints.fingerprint(root) == first
     edit(root / "1_Pooling" / "config.json", pooling_mode_mean_tokens=False, pooling_mode="cls")
-    assert M.fingerprint(root) != first
+    assert checkpoints.fingerprint(root) != first
 
 
 @needs_cases
@@ -267,7 +270,7 @@ def test_models_that_people_have(name, tokens):
     expected = json.loads((CASES / "models" / "expected.json").read_text("utf-8"))
     want = np.array(expected["vectors"][name])
     texts = [*expected["texts"], expected["long"]][: len(want)]
-    got = M.load(CASES / "models" / name, "float32", max_tokens=tokens).encode(texts)
+    got = checkpoints.load(CASES / "models" / name, "float32", max_tokens=tokens).encode(texts)
     assert np.abs(got - want).max() < 1e-5
 
 
@@ -282,7 +285,7 @@ def test_models_agree_with_sentence_transformers(name):
     if name in ("data-parallel-prefix", "short-position-table"):
         pytest.skip("sentence-transformers itself opens it with random weights, or not at all")
     theirs = st.SentenceTransformer(str(root), device="cpu").encode(texts)
-    assert np.abs(M.load(root, "float32").encode(texts) - theirs).max() < 1e-5
+    assert np.abs(checkpoints.load(root, "float32").encode(texts) - theirs).max() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -310,7 +313,9 @@ def test_body_is_found_under_any_prefix(tokenizer, tmp_path, capsys, prefix, hea
     tensors = {names[k]: v for k, v in M.to_hf(m.state_dict()).items()}
     tensors |= {head: torch.ones(3, 3) for head in heads}
     M.write_safetensors(tmp_path / "m" / "model.safetensors", tensors)
-    assert np.array_equal(M.load(tmp_path / "m", "float32").encode(TEXTS), m.encode(TEXTS))
+    assert np.array_equal(
+        checkpoints.load(tmp_path / "m", "float32").encode(TEXTS), m.encode(TEXTS)
+    )
     told = capsys.readouterr().err
     known = {h.split(".")[-3] if "out_proj" in h else "" for h in heads}
     assert ("left out" in told) == any("pooler" not in h for h in heads), (told, known)
@@ -321,7 +326,7 @@ def test_body_is_found_under_any_prefix(tokenizer, tmp_path, capsys, prefix, hea
     ):
         M.write_safetensors(tmp_path / "m" / "model.safetensors", {**tensors, **extra})
         with pytest.raises(M.InputError, match=message):
-            M.load(tmp_path / "m")
+            checkpoints.load(tmp_path / "m")
 
 
 @pytest.mark.parametrize("rows", [20, 66, 90])
@@ -330,7 +335,7 @@ def test_position_table_of_another_length(tokenizer, tmp_path, rows, model_type,
     m = tiny(tokenizer, model_type=model_type, max_position_embeddings=rows, max_seq_length=rows)
     m.save(tmp_path / "m")
     edit(tmp_path / "m" / "config.json", max_position_embeddings=66, max_seq_length=...)
-    got = M.load(tmp_path / "m", "float32")
+    got = checkpoints.load(tmp_path / "m", "float32")
     assert got.config.max_seq_length == rows - got.config.first_position
     assert (f"{rows}" in capsys.readouterr().err) == (rows != 66)
     assert got.encode(["word " * 300]).shape == (1, 32)
@@ -354,7 +359,7 @@ def test_dense_and_prompt(folder, tmp_path):
     write(root / "modules.json", json.dumps(modules))
     prompts = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
     write(root / "config_sentence_transformers.json", json.dumps(prompts))
-    got = M.load(root, "float32")
+    got = checkpoints.load(root, "float32")
     m.tokenizer.enable_truncation(20)
     texts = [f"query: {t}".lower() for t in TEXTS[:3]]
     want = layers[1](torch.tanh(layers[0](torch.from_numpy(m.encode(texts))))).detach().numpy()
@@ -362,15 +367,19 @@ def test_dense_and_prompt(folder, tmp_path):
     assert np.abs(got.encode(texts, prompt="") - M.unit(want)).max() < 1e-6
     assert not np.allclose(got.encode(TEXTS[:3], prompt=""), got.encode(TEXTS[:3]))
     got.save(tmp_path / "ours")  # and from our own files
-    assert np.array_equal(M.load(tmp_path / "ours", "float32").encode(TEXTS), got.encode(TEXTS))
+    assert np.array_equal(
+        checkpoints.load(tmp_path / "ours", "float32").encode(TEXTS), got.encode(TEXTS)
+    )
     student = msd.make_student(got, 8, (1, 2), 2)
-    assert student.config.width == 8 and M.ledger(student.config)["other"] == 32 * 24 + 24 + 24 * 8
+    assert (
+        student.config.width == 8 and msd.ledger(student.config)["other"] == 32 * 24 + 24 + 24 * 8
+    )
     assert all(
         torch.equal(a, b) for a, b in zip(student.dense.parameters(), got.dense.parameters())
     )
     (root / "2_Dense" / "model.safetensors").unlink()
     with pytest.raises(M.InputError, match="2_Dense/model.safetensors: no such file"):
-        M.load(root)
+        checkpoints.load(root)
 
 
 @pytest.mark.parametrize(
@@ -396,13 +405,13 @@ def test_settings_that_would_change_the_vectors_are_refused(folder, name, change
     harmless = {"truncate_dim": 32, "default_prompt_name": "query", "prompts": None}
     write(root / "config_sentence_transformers.json", json.dumps(harmless))
     edit(root / "1_Pooling" / "config.json", include_prompt=False)
-    assert M.load(root).config.prompt == ""
+    assert checkpoints.load(root).config.prompt == ""
     edit(root / "config_sentence_transformers.json", prompts={"query": "query: "})
     edit(root / "1_Pooling" / "config.json", include_prompt=True)
-    assert M.load(root).config.prompt == "query: "
+    assert checkpoints.load(root).config.prompt == "query: "
     edit(root / name, **changes)
     with pytest.raises(M.InputError, match=f"{name}: .*{message}"):
-        M.load(root)
+        checkpoints.load(root)
 
 
 def test_limit_and_pad_token_of_tokenizer_config(folder, tokenizer, tmp_path):
@@ -413,15 +422,15 @@ def test_limit_and_pad_token_of_tokenizer_config(folder, tokenizer, tmp_path):
     raw = (root / "tokenizer.json").read_text("utf-8").replace('"<pad>"', '"<PAD>"')
     write(root / "tokenizer.json", raw)
     write(root / "tokenizer_config.json", '{"pad_token": "<PAD>", "model_max_length": 9}')
-    m = M.load(root)
+    m = checkpoints.load(root)
     assert m.config.max_seq_length == 9 and m.config.pad_token_id == 1
     m.save(tmp_path / "again")
-    assert M.load(tmp_path / "again").config == m.config
+    assert checkpoints.load(tmp_path / "again").config == m.config
     edit(root / "tokenizer_config.json", model_max_length=2)
     with pytest.raises(M.InputError, match="tokenizer_config.json: max_seq_length is 2, expected"):
-        M.load(root)
+        checkpoints.load(root)
     edit(root / "tokenizer_config.json", model_max_length=int(1e30))
-    assert M.load(root).config.max_seq_length == 66
+    assert checkpoints.load(root).config.max_seq_length == 66
 
 
 @pytest.mark.parametrize("name", ["t5", "distilbert", "mpnet"])
@@ -429,4 +438,4 @@ def test_other_families_name_teachers_that_work(folder, name):
     root, _ = folder
     edit(root / "config.json", model_type=name)
     with pytest.raises(M.InputError, match=f"model_type is '{name}'.*all-MiniLM-L6-v2"):
-        M.load(root)
+        checkpoints.load(root)

@@ -10,9 +10,9 @@ import pytest
 
 import data
 import model as M
-import train
 from demo import corpus as demo
 from test_msd import HERE
+from tools import evaluation
 
 GOLDEN = {  # meaning, template, definite -> sentences, checked by speakers
     (demo.Meaning("two", "queen", "famous", "cook", "soup", "-", "beach"), "there", False): {
@@ -136,6 +136,6 @@ def test_the_demo_gives_the_table_of_the_readme():
         cells = re.search(rf"^\| {re.escape(name)} \| ([\d,]+) \| (.*) \|$", text, re.MULTILINE)
         assert int(cells[1].replace(",", "")) == rows[label]["sizes"]["total"], label
         both = np.mean(list(rows[label]["accuracy"].values()) or [[math.nan] * 2], axis=0)
-        given = [*train.mean_spearman(rows[label]["spearman"])[1:], *both]
+        given = [*evaluation.mean_spearman(rows[label]["spearman"])[1:], *both]
         shown = [math.nan if x == "-" else float(x) for x in cells[2].split(" | ")]
         assert given == pytest.approx(shown, abs=1.05, nan_ok=True), label

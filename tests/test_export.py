@@ -15,11 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, normalizers
 
 import model as M
 import msd
 from test_msd import HERE, TEXTS, apart, batch, run, tiny, write
 from tests.test_checkpoints import edit
+from tools.checkpoints import load
+from tools.export import export
 
 # Each program that an export is made for opens one, and gives our vectors.
 HOME = tempfile.TemporaryDirectory()  # transformers copies the code of a model there
@@ -30,7 +33,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HOME.name}
 
 STUDENTS = {
     "bert": {},
-    "xlm-roberta": {"do_lower_case": True, "normalize": True, "pooling": "cls"},
+    "xlm-roberta": {"normalize": True, "pooling": "cls"},
     "prompt": {"pooling": "mean_sqrt_len", "prompt": "query: "},
     "dense": {"pooling": "max", "dense": ((24, "tanh", True), (8, "identity", False))},
 }
@@ -45,7 +48,7 @@ SAID = ["Two DOGS run  ", *TEXTS]  # the last is too long
 package = lambda name: pytest.importorskip(name, reason=f"{name} is not installed")
 
 
-vectors = lambda folder, **how: M.load(folder, "float32", "cpu").encode(SAID, **how)
+vectors = lambda folder, **how: load(folder, "float32", "cpu").encode(SAID, **how)
 
 
 cosines = lambda a, b: (M.unit(np.asarray(a)) * M.unit(np.asarray(b))).sum(1)
@@ -60,8 +63,8 @@ def opened(folder, **how):
 def students(tokenizer, tmp_path_factory):
     """{name: folder} of random students with bottleneck and recurrence, 2 MB each."""
     root = tmp_path_factory.mktemp("students")
-    cased = M.Tokenizer.from_str(tokenizer.to_str())
-    cased.normalizer = M.normalizers.NFKC()
+    cased = Tokenizer.from_str(tokenizer.to_str())
+    cased.normalizer = normalizers.NFKC()
     sizes = {"vocab_size": 8000, "hidden_size": 128, "intermediate_size": 256}
     for name, changes in STUDENTS.items():
         kind = name if name in FAMILIES else "bert"
@@ -78,7 +81,7 @@ def exported(students, tmp_path_factory):
     def get(name, **options):
         for needed in ("onnx", "onnxscript", "onnxruntime") if "onnx" in options else ():
             package(needed)
-        M.export(students[name], out := tmp_path_factory.mktemp("export") / name, **options)
+        export(students[name], out := tmp_path_factory.mktemp("export") / name, **options)
         return out
 
     return get
@@ -91,7 +94,7 @@ def exported(students, tmp_path_factory):
 @pytest.mark.parametrize("name", STUDENTS)
 def test_export_opens_here(students, exported, tmp_path, name, weights, low, size):
     out = exported(name, weights=weights)
-    m = M.load(out, "float32", "cpu")
+    m = load(out, "float32", "cpu")
     want = m.encode(SAID)
     assert cosines(vectors(students[name]), want).min() > low
     before, after = ((p / "model.safetensors").stat().st_size for p in (students[name], out))
@@ -100,7 +103,7 @@ def test_export_opens_here(students, exported, tmp_path, name, weights, low, siz
         assert m.int8 and all(t.dim() < 2 or t.dtype == torch.int8 for t in m.state_dict().values())
     m.save(tmp_path / "again")
     assert np.array_equal(vectors(tmp_path / "again"), want)
-    assert cosines(M.load(out, "bfloat16").encode(SAID), want).min() > 0.99
+    assert cosines(load(out, "bfloat16").encode(SAID), want).min() > 0.99
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to ask for memory")
@@ -110,7 +113,7 @@ def test_export_opens_here(students, exported, tmp_path, name, weights, low, siz
 def test_a_table_stays_in_its_file(students, tokenizer, tmp_path, weights, dtype):
     """A table of 51 MB in float32 is mapped and never widened, or narrowed, as a whole."""
     tiny(tokenizer, vocab_size=200_000, bottleneck_size=64).save(tmp_path / "m")
-    M.export(tmp_path / "m", tmp_path / "small", weights)
+    export(tmp_path / "m", tmp_path / "small", weights)
     code = """if True:
         import re, sys, model
         dtype, *folders = sys.argv[1:]
@@ -122,15 +125,15 @@ def test_a_table_stays_in_its_file(students, tokenizer, tmp_path, weights, dtype
     warm, peak = map(int, done.stdout.split())
     assert peak - warm < 20_000
     assert torch.equal(  # in training it is copied, in float32
-        M.load(tmp_path / "m", "bfloat16", train=True).embeddings.word.weight,
-        M.load(tmp_path / "m", "float32").embeddings.word.weight,
+        load(tmp_path / "m", "bfloat16", train=True).embeddings.word.weight,
+        load(tmp_path / "m", "float32").embeddings.word.weight,
     )
 
 
 def test_damaged_int8(exported, tmp_path):
     out = exported("bert", weights="int8")
     with pytest.raises(M.InputError, match="cannot be trained"):
-        M.load(out, train=True)
+        load(out, train=True)
     shutil.copytree(out, tmp_path, dirs_exist_ok=True)
     tensors, _ = M.read_safetensors(out / "model.safetensors")
     for name, value, message in (
@@ -146,7 +149,7 @@ def test_damaged_int8(exported, tmp_path):
         kept = {k: v for k, v in {**tensors, name: value}.items() if v is not None}
         M.write_safetensors(tmp_path / "model.safetensors", kept)
         with pytest.raises(M.InputError, match=message):
-            M.load(tmp_path).encode("red")
+            load(tmp_path).encode("red")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,7 @@ def test_export_in_onnx_runtime(exported, name):
     assert full.stat().st_size < 1.05 * exact and small.stat().st_size < 0.35 * exact
     for place in (HERE, sys.prefix, torch.__path__[0]):
         assert str(place).encode() not in full.read_bytes() + small.read_bytes()
-    m, session = M.load(out, "float32", "cpu"), onnxruntime.InferenceSession(full)
+    m, session = load(out, "float32", "cpu"), onnxruntime.InferenceSession(full)
     assert [i.name for i in session.get_inputs()] == ["input_ids", "attention_mask"]
     for texts in (SAID[:1], SAID[1:4], SAID):
         ids, mask = batch(m, texts)
@@ -214,7 +217,7 @@ def test_export_in_fastembed(exported, name):
     fastembed, out = package("fastembed"), exported(name, onnx=True)
     from fastembed.common.model_description import ModelSource, PoolingType
 
-    c, got = M.load(out).config, []
+    c, got = load(out).config, []
     how = {"pooling": PoolingType[c.pooling.upper()], "normalization": c.normalize}
     how |= {"dim": c.width, "sources": ModelSource(hf="a/b")}
     for file in ("onnx/model.onnx", "onnx/model_quantized.onnx"):
@@ -248,7 +251,7 @@ NODE = Path(os.environ.get("MSD_NODE_MODULES", "none"))
 )
 @pytest.mark.parametrize("name", FAMILIES)
 def test_export_in_transformers_js(exported, name):
-    m = M.load(out := exported(name, onnx=True), "float32", "cpu")
+    m = load(out := exported(name, onnx=True), "float32", "cpu")
     args = ["node", "--input-type=module", "-e", JS, "--", out.parent, name, m.config.pooling]
     how = {"input": json.dumps(SAID), "capture_output": True, "text": True, "cwd": NODE.parent}
     done = subprocess.run(args, **how)
@@ -280,7 +283,7 @@ def test_plain_export(students, exported, tmp_path, name, options, near):
     import transformers
 
     body = transformers.AutoModel.from_pretrained(out, dtype=torch.float32).eval()
-    c, split = M.load(out).config, transformers.AutoTokenizer.from_pretrained(out)
+    c, split = load(out).config, transformers.AutoTokenizer.from_pretrained(out)
     assert body.config.num_hidden_layers == 4 and body.config.model_type == c.model_type
     demanded = json.loads((out / "config.json").read_text())  # by text-embeddings-inference
     assert demanded["architectures"] == [type(body).__name__] and demanded["initializer_range"]
@@ -313,7 +316,7 @@ def test_export_refuses(students, exported, tmp_path, monkeypatch):
         (students["bert"], "a", {"onnx": True}, "onnx needs onnxscript.*: pip install"),
     ):
         with pytest.raises(M.InputError, match=message):
-            M.export(source, tmp_path / out, **options)
+            export(source, tmp_path / out, **options)
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
@@ -323,7 +326,7 @@ def test_export_command_and_card(world, finished, tmp_path):
     shutil.copytree(world / "whole" / "student", tmp_path / "student")
     write(tmp_path / "results.json", json.dumps(results))
     out, full = tmp_path / "new" / "my-{model}", (50_000, 50_000)
-    args = [sys.executable, HERE / "model.py", "export", tmp_path / "student", out]
+    args = [sys.executable, "-m", "tools", "export", tmp_path / "student", out]
     how = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, full)}  # a full disk
     done = subprocess.run(args, capture_output=True, text=True, **how)
     assert done.returncode == 2 and "cannot write (File too large)" in done.stderr, done.stderr
@@ -342,18 +345,18 @@ def test_export_command_and_card(world, finished, tmp_path):
     assert head["language"] == ["de", "en", "no"] and head["license"] == "other"
     assert head["library_name"] == "sentence-transformers" in head["tags"]
     assert head["pipeline_tag"] == "sentence-similarity"
-    said = M.export(tmp_path / "student", tmp_path / "plain", plain=True)
-    small, large = (M.ledger(M.load(f).config)["total"] for f in (out, tmp_path / "plain"))
+    said = export(tmp_path / "student", tmp_path / "plain", plain=True)
+    small, large = (msd.ledger(load(f).config)["total"] for f in (out, tmp_path / "plain"))
     assert f"{large:,} parameters, {large / small:.1f} x those of student; weights" in said
     assert large > 1.5 * small
     prompts = {"prompts": {"query": "q: ", "document": "d: "}, "default_prompt_name": "query"}
     write(tmp_path / "student" / "config_sentence_transformers.json", json.dumps(prompts))
     for i, foreign in enumerate(("[1]", '{"rows": []}', "{")):  # another program's results.json
         write(tmp_path / "results.json", foreign)
-        M.export(tmp_path / "student", tmp_path / f"out{i}")
+        export(tmp_path / "student", tmp_path / f"out{i}")
     file = tmp_path / "out0" / "config_sentence_transformers.json"
     assert json.loads(file.read_text()) == prompts  # all of them, for encode_query and its like
-    assert M.load(tmp_path / "out0").config.prompt == "q: "
+    assert load(tmp_path / "out0").config.prompt == "q: "
     edit(file, truncate_dim=8)  # as sentence-transformers saves it
     with pytest.raises(M.InputError, match="truncate_dim is 8"):
-        M.load(tmp_path / "out0")
+        load(tmp_path / "out0")

@@ -16,11 +16,12 @@ import torch
 import data
 import model as M
 from test_msd import HERE, tiny, write
+from tools import checkpoints
 
 
 def test_a_folder_that_appears_at_the_last_moment(tmp_path, monkeypatch):
     """The faster process is taken, whenever it comes; another machine's half is left alone."""
-    other = write(tmp_path / f".x.tmp-{platform.node()}-2@1", "half")
+    other = write(tmp_path / f".x.tmp-{data.digest(platform.node())}@999999999", "half")
     real = os.replace
 
     def late(old, new):
@@ -28,7 +29,7 @@ def test_a_folder_that_appears_at_the_last_moment(tmp_path, monkeypatch):
         real(old, new)
 
     monkeypatch.setattr(os, "replace", late)
-    with M.atomic(tmp_path / "x") as tmp:
+    with data.atomic(tmp_path / "x") as tmp:
         write(tmp / "whole", "ours")
     assert (tmp_path / "x" / "whole").read_text() == "theirs" and other.exists()
     assert {f.name for f in tmp_path.iterdir()} == {"x", other.name}
@@ -39,13 +40,14 @@ def test_full_disk_keeps_the_last_good_file(tmp_path, tokenizer):
     code = f"""
 import resource, signal, sys, torch
 sys.path.insert(0, {str(HERE)!r})
-import model as M
+import data, model as M
 file = {str(tmp_path / "x.safetensors")!r}
 M.write_safetensors(file, {{"a": torch.ones(10)}})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000))
 try:
-    M.write_safetensors(file, {{"a": torch.ones(100000)}})
+    with data.atomic(file) as tmp:
+        M.write_safetensors(tmp, {{"a": torch.ones(100000)}})
 except M.InputError as e:
     print(e)
 """
@@ -185,7 +187,9 @@ def test_text_and_config_fuzz(tmp_path, tokenizer):
                 assert len(a) == len(b) == len(scores) and scores.min() >= 0 and scores.max() <= 5
             else:
                 write(tmp_path / "m" / "config.json", mutate(rng, config))
-                c = M.read_config(tmp_path / "m" / "config.json", {}, 1, shapes)
+                said = M.collect(tmp_path / "m")
+                said |= checkpoints.complete(said, shapes, "config.json")
+                c = M.check_config(tmp_path / "m", said, 1)
                 assert (c.vocab_size, c.num_hidden_layers) == (
                     table[0],
                     4,
@@ -231,7 +235,7 @@ def test_damaged_cache_is_named(tmp_path, tokenizer):
     ):
         with pytest.raises(M.InputError, match="not a whole cache entry.* delete"):
             call()
-    M.delete(c.folder)
+    data.delete(c.folder)
     write(data.build_corpus([file], tmp_path / "cache").folder / "report.json", "")
     with pytest.raises(M.InputError, match="corpus-.*report.json: not readable as JSON.*; delete"):
         data.Corpus(c.folder)

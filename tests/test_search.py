@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import model as M
 from test_msd import HERE, apart, run, tiny, write
+from tools import __main__ as command
+from tools import search as searching
 
 
 def test_using_a_model(world, finished, tmp_path, capsys):
@@ -21,12 +25,12 @@ def test_using_a_model(world, finished, tmp_path, capsys):
 
     def model_py(*args):
         capsys.readouterr()
-        M.main([str(a) for a in args])
+        command.main([str(a) for a in args])
         return capsys.readouterr().out
 
     assert -1 <= float(model_py("similarity", student, "red old", "der alte")) <= 1
     lines = write(tmp_path / "lines", "red old\nblue new\n")
-    encode = [sys.executable, HERE / "model.py", "encode", student, "--dtype", "float32"]
+    encode = [sys.executable, "-m", "tools", "encode", student, "--dtype", "float32"]
     with open(lines, "rb") as f:
         done = subprocess.run([str(a) for a in encode], stdin=f, capture_output=True)
     if Path("/dev/full").exists():
@@ -45,7 +49,7 @@ def test_using_a_model(world, finished, tmp_path, capsys):
     assert "total" in model_py("--dtype", "float32", "info", student)
     with pytest.raises(M.InputError, match=r"nowhere: cannot read \(No such file or directory\)$"):
         model_py("search", student, "nowhere", "red")
-    gone = run([sys.executable, HERE / "model.py", "info", tmp_path / "nowhere"])
+    gone = run([sys.executable, "-m", "tools", "info", tmp_path / "nowhere"])
     assert gone.returncode == 2 and "no such model directory" in gone.stderr
     assert gone.stderr.count("\n") == 1
 
@@ -58,7 +62,7 @@ def search(tokenizer, tmp_path, capsys, monkeypatch):
         tiny(tokenizer, seed).save(tmp_path / name)
     write(tmp_path / "corpus.txt", "red old\nblue new\ntwo dogs run\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(M.blocks, "__defaults__", (2,))  # rows: three lines are two blocks
+    monkeypatch.setattr(searching.blocks, "__defaults__", (2,))  # rows: three lines are two blocks
 
     def spy(where, name):
         real = getattr(where, name)
@@ -68,13 +72,14 @@ def search(tokenizer, tmp_path, capsys, monkeypatch):
     def run(*args, model="small", corpus="corpus.txt", typed=b"", terminal=False):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
         sys.stdin.isatty = lambda: terminal
-        M.note.cache_clear()
+        data.note.cache_clear()
         capsys.readouterr()
         run.seen = []
-        M.main(["search", model, corpus, *args])
+        command.main(["search", model, corpus, *args])
         return capsys.readouterr()
 
-    spy(M, "load")
+    spy(command, "load")
+    spy(searching, "load")
     spy(M.Encoder, "encode")
     return run
 
@@ -97,7 +102,7 @@ def test_search_stores_the_corpus(search, tokenizer):
     before = Path(file).read_bytes()
     write(Path("corpus.txt"), "red old\nblue old\ntwo dogs run\n")
     search("blue new")
-    M.delete(Path("small"))
+    data.delete(Path("small"))
     tiny(tokenizer, 2).save("small")
     search("blue new")
     assert len(stored()) == 3 and Path(file).read_bytes() == before
@@ -181,8 +186,9 @@ def test_search_reads_queries(search):
     assert not search(typed=b"\n").out
     with pytest.raises(M.InputError, match="whole characters"):
         search(typed=b"caf\xe9\n")
-    args = [sys.executable, HERE / "model.py", "search", "small", "corpus.txt", "--top", "1"]
-    with subprocess.Popen(args, stdin=-1, stdout=-1, text=True) as process:
+    args = [sys.executable, "-m", "tools", "search", "small", "corpus.txt", "--top", "1"]
+    where = {**os.environ, "PYTHONPATH": str(HERE)}
+    with subprocess.Popen(args, stdin=-1, stdout=-1, text=True, env=where) as process:
         for query in ("blue new", "two dogs run"):  # each answer comes before the next question
             print(query, file=process.stdin, flush=True)
             assert query in process.stdout.readline() and process.stdout.readline() == "\n"

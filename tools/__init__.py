@@ -1,0 +1,1 @@
+"""What stands around the encoder; `python -m tools --help` lists the commands."""
