@@ -128,5 +128,5 @@ def test_sts_files(tmp_path):
         data.read_sts(tmp_path)
     (tmp_path / "STS.en-de.txt").rename(tmp_path / "._STS.en-de.txt")  # as macOS leaves them
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(M.InputError, match="no similarity sets"):
+        with pytest.raises(M.InputError, match="no similarity sets|no such folder"):
             data.read_sts(folder)
