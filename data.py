@@ -66,10 +66,6 @@ ODD = {  # of the pairs kept: from which share of a file on it is a warning, and
     "twice": (0.01, "text that was decoded twice"),
 }
 COUNTS = ("lines", "kept", "long", "blank", "header", *ODD)
-NOT_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
-NOT_UTF8 = re.compile("[\ud800-\udfff]")
-ENTITY = re.compile("&(#[0-9]{2,6}|#x[0-9A-Fa-f]{2,5}|[A-Za-z]{2,8}[0-9]{0,2});")
-TWICE = re.compile(forms.TWICE)
 
 
 def expand(patterns, flag):
@@ -102,36 +98,6 @@ def read_lines(path):
             yield text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-def fault_of(text, sides):
-    """Why a line is no pair, or None."""
-    if found := NOT_UTF8.search(text):
-        return f"not UTF-8 (at character {found.start() + 1})"
-    if found := NOT_TEXT.search(text):
-        return f"a character that is no text (U+{ord(found[0]):04X})"
-    if len(sides) != 2:
-        return "no tab" if len(sides) == 1 else f"too many columns ({len(sides)})"
-    return None if all(sides) else "an empty side"
-
-
-def suspicions(text, a, b):
-    """What is odd about a line that is a pair: names out of COUNTS."""
-    if a == b:
-        yield "same"
-    if len(a) > 1 < len(b) and a[0] == a[-1] == b[0] == b[-1] == '"':
-        yield "quoted"
-    if "&" in text and ENTITY.search(text):
-        yield "entities"
-    if not text.isascii() and TWICE.search(text):
-        yield "twice"
-
-
-def is_header(sides):
-    """Are these the names of two columns, such as english and non_english, or source and target?"""
-    a, b = (re.sub("[^a-z]", "", side.lower()) for side in sides)
-    first = re.fullmatch("en|eng|english|(source|src|original|input)[a-z]*|(sentence|text)(en)?", a)
-    return bool(first and b and " " not in sides[0] + sides[1])
-
-
 def read_pairs(path, report, max_chars=250, max_lines=None):
     """Yield (line number, english, translation) of a file, counting every line in `report`.
 
@@ -152,18 +118,18 @@ def read_pairs(path, report, max_chars=250, max_lines=None):
         sides = [s.strip() for s in text.split("\t")]
         if not any(sides):
             report["blank"] += 1
-        elif fault := fault_of(text, sides):
+        elif fault := forms.fault_of(text, sides):
             kind = fault.split(" (")[0]
             report["bad"][kind] += 1
             expected = f"expected english<TAB>translation, found {text[:60]!r}"
             report["examples"].setdefault(kind, f"{path}:{number}: {fault}; {expected}")
-        elif number == 1 and is_header(sides):
+        elif number == 1 and forms.is_header(sides):
             count("header", number, text)
         elif max(map(len, sides)) > max_chars:
             report["long"] += 1
         else:
             report["kept"] += 1
-            for what in suspicions(text, *sides):
+            for what in forms.suspicions(text, *sides):
                 count(what, number, text)
             if len(first) < forms.SAMPLE:
                 first.append(sides)
@@ -219,7 +185,7 @@ def read_sts(folder):
         for number, text in enumerate(read_lines(path), 1):
             try:
                 a, b, score = (c.strip() for c in text.split("\t"))
-                ok = a and b and 0 <= float(score) <= 5 and not NOT_UTF8.search(text)
+                ok = a and b and 0 <= float(score) <= 5 and not forms.NOT_UTF8.search(text)
             except ValueError:  # not three cells, or the third is no number
                 ok = False
             expected = "expected UTF-8, sentence<TAB>sentence<TAB>score from 0 to 5"

@@ -1,4 +1,4 @@
-"""What a file is that holds no pairs, and the one command that makes pairs of it.
+"""Why a line is no pair, what a file is that holds none, and the command that makes pairs of it.
 
 The commands are of Python's own libraries or of programs that are everywhere; line ends and tabs
 within a cell become spaces. data.py asks here; nothing here reads more than it is given.
@@ -26,8 +26,44 @@ WORD = re.compile(r"[\W\d_]*|[!-~]*")  # or a score, a code, a name; no sentence
 LATER = r"[\x80-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc"
 LATER += r"\u2013-\u203a\u20ac\u2122]"
 TWICE = rf"(?:[\xc2-\xdb]|\xe0[\xa4-\xbf]|[\xe1-\xef]{LATER}|[\xf0-\xf4]{LATER}{{2}}){LATER}"
+NOT_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
+NOT_UTF8 = re.compile("[\ud800-\udfff]")
+ENTITY = re.compile("&(#[0-9]{2,6}|#x[0-9A-Fa-f]{2,5}|[A-Za-z]{2,8}[0-9]{0,2});")
+IS_TWICE = re.compile(TWICE)
 
 
+# ----------------------------------------------------------------------------------- what a line is
+def fault_of(text, sides):
+    """Why a line is no pair, or None."""
+    if found := NOT_UTF8.search(text):
+        return f"not UTF-8 (at character {found.start() + 1})"
+    if found := NOT_TEXT.search(text):
+        return f"a character that is no text (U+{ord(found[0]):04X})"
+    if len(sides) != 2:
+        return "no tab" if len(sides) == 1 else f"too many columns ({len(sides)})"
+    return None if all(sides) else "an empty side"
+
+
+def suspicions(text, a, b):
+    """What is odd about a line that is a pair: names out of data.ODD."""
+    if a == b:
+        yield "same"
+    if len(a) > 1 < len(b) and a[0] == a[-1] == b[0] == b[-1] == '"':
+        yield "quoted"
+    if "&" in text and ENTITY.search(text):
+        yield "entities"
+    if not text.isascii() and IS_TWICE.search(text):
+        yield "twice"
+
+
+def is_header(sides):
+    """Are these the names of two columns, such as english and non_english, or source and target?"""
+    a, b = (re.sub("[^a-z]", "", side.lower()) for side in sides)
+    first = re.fullmatch("en|eng|english|(source|src|original|input)[a-z]*|(sentence|text)(en)?", a)
+    return bool(first and b and " " not in sides[0] + sides[1])
+
+
+# ----------------------------------------------------------------------------------- what a file is
 def python(imports, script):
     return f"python -X utf8 -c {shlex.quote(f'import {imports}, sys; {script}')}"
 
@@ -217,7 +253,7 @@ def fix_of(path, lines):
         return f" Keep two columns: {command}"
     if name:
         return f" It is {name}. Convert it: {command}"
-    if sum(bool(re.search(TWICE, line)) for line in lines) > len(lines) / 100:
+    if sum(bool(IS_TWICE.search(line)) for line in lines) > len(lines) / 100:
         return f" It was decoded twice. Mend it: {piped(path, MEND)}"
     if not any("\t" in line for line in lines) and (command := from_moses(path)):
         return f" It is one of Moses' two files. Put them side by side: {command}"

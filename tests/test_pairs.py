@@ -18,7 +18,7 @@ import pytest
 
 import data
 import model as M
-from checks import pairs
+from checks import forms, pairs
 from demo import corpus as demo
 from test_msd import CASES, HERE, SHARED, needs_cases, write
 
@@ -203,7 +203,7 @@ def test_suspicions_of_right_text():
         "дом & сад – “да”",
         "x &lt y",
     ):
-        odd = [*data.suspicions(f"{text}\tb", text, "b")]
+        odd = [*forms.suspicions(f"{text}\tb", text, "b")]
         assert odd in ([], ["twice"]) and ("twice" in odd) == ("É”" in text or "É’" in text)
 
 
