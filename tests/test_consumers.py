@@ -265,7 +265,7 @@ def unigram():
     pieces += [(f"▁{w}", -5.0) for w in dict.fromkeys(words) if w.isalpha()][:40]
     pieces += [(c, -9.0) for c in sorted({c for w in words for c in w})]
     t = Tokenizer(models.Unigram(list(dict(pieces).items()), 3, False))
-    chars = normalizers.Precompiled(struct.pack("<I", 1024) + bytes(1024))
+    chars = normalizers.Precompiled(struct.pack("<I", 1024) + bytes(1025))
     t.normalizer = normalizers.Sequence([chars, normalizers.Replace("  ", " ")])
     t.pre_tokenizer = pre_tokenizers.Metaspace()
     t.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
@@ -274,16 +274,23 @@ def unigram():
     return t
 
 
-def gguf(folder, out, kind):
-    """llama.cpp's vectors of SAID, without spaces at the ends, by its converter and its library."""
-    home = os.environ.get("MSD_LLAMA_CPP", "none")
-    if not Path(home, "convert_hf_to_gguf.py").exists():
+LLAMA = """if True:
+    import json, sys, llama_cpp
+    m = llama_cpp.Llama(sys.argv[1], embedding=True, verbose=False)
+    print(json.dumps([m.embed(t, normalize=False) for t in json.load(sys.stdin)]))"""
+
+
+def llama(folder, out, kind, texts):
+    """Vectors of llama.cpp, by its own converter and library."""
+    home = Path(os.environ.get("MSD_LLAMA_CPP", "none"))
+    if not (home / "convert_hf_to_gguf.py").exists():
         pytest.skip("MSD_LLAMA_CPP names no source folder of llama.cpp")
-    llama = package("llama_cpp")
-    args = [sys.executable, Path(home, "convert_hf_to_gguf.py"), folder]
-    subprocess.run([*args, "--outfile", out, "--outtype", kind], check=True, capture_output=True)
-    m = llama.Llama(str(out), embedding=True, verbose=False)
-    return np.array([m.embed(t.strip(), normalize=False) for t in SAID[:-1]])
+    package("llama_cpp")
+    args = [sys.executable, home / "convert_hf_to_gguf.py", folder, "--outfile", out]
+    subprocess.run([*args, "--outtype", kind], check=True, capture_output=True)
+    args = [sys.executable, "-c", LLAMA, out]
+    done = subprocess.run(args, input=json.dumps(texts), text=True, check=True, stdout=-1)
+    return np.array(json.loads(done.stdout))
 
 
 @pytest.mark.parametrize("model_type", ["bert", "xlm-roberta"])
@@ -304,6 +311,8 @@ def test_plain_export_with_the_tokenizer_of_xlmr(unigram, tmp_path, model_type):
     transformers = package("transformers")
     t, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), m.tokenizer
     assert [t(x, truncation=True)["input_ids"] for x in SAID] == [ours.encode(x).ids for x in SAID]
-    got = gguf(tmp_path / "out", tmp_path / "f32.gguf", "f32")
-    want = M.load(tmp_path / "m", "float32").encode([t.strip() for t in SAID[:-1]])
-    assert cosines(got, want).min() > 0.9999
+    # llama.cpp cuts spaces at the ends and no tokens, and joins no unknown characters.
+    known = lambda ids: len(ids) < 48 and 3 not in ids
+    texts = [x.strip() for x in SAID if known(ours.encode(x).ids)]
+    got = llama(tmp_path / "out", tmp_path / "f32.gguf", "f32", texts)
+    assert cosines(got, M.load(tmp_path / "m", "float32").encode(texts)).min() > 0.9999

@@ -44,6 +44,8 @@ def load(folder, dtype=None, device=None, train=False, dropout=0.0, max_tokens=m
     or the authors' students. dtype: 'float32', 'bfloat16' or None, the best on this device.
     train: keep float32 master weights whatever the dtype. dropout: in training.
     max_tokens: truncate to fewer tokens than the files say, start and end included.
+    Weights are views of the file: replace it by renaming, never in place, or hold
+    copy.deepcopy(load(folder)). A process may fork after load(); after encode() use spawn.
     Raises: InputError naming the file and the fix for anything missing, damaged or unsupported.
     """
     need(max_tokens > 2, f"max_tokens is {max_tokens}, expected 3 or more: start and end count")
