@@ -110,7 +110,7 @@ def test_load_before_a_fork(folder, tmp_path, loader, dtype, weights):
 
 
 @pytest.mark.parametrize("weights", ["float32", "float16", "int8"])
-def test_a_copy_outlives_its_file(folder, tmp_path, weights):
+def test_load_copied_outlives_its_file(folder, tmp_path, weights):
     """As load() says: a copy holds none of the file's pages, which a mapped model does."""
     export(folder, tmp_path / "m", weights)
     held = copy.deepcopy(M.load(tmp_path / "m", "float32", "cpu"))
@@ -120,7 +120,7 @@ def test_a_copy_outlives_its_file(folder, tmp_path, weights):
     assert np.array_equal(held.encode(TEXTS), want)
 
 
-def test_scales_stay_as_stored(folder, tmp_path):
+def test_load_keeps_scales_as_stored(folder, tmp_path):
     export(folder, tmp_path / "m", "int8")
     stored, _ = M.read_safetensors(tmp_path / "m" / "model.safetensors")
     for loader in (M.load, load):
@@ -184,7 +184,7 @@ def test_read_json_with_a_byte_order_mark(folder, tmp_path):
         ("search", "m", "corpus", "q", "--index", ""),
     ],
 )
-def test_commands_refuse_an_empty_path(args):
+def test_main_refuses_an_empty_path(args):
     with pytest.raises(M.InputError, match="an empty path"):
         command.main(list(args))
 
@@ -229,13 +229,13 @@ def card(tokenizer, tmp_path, name, results=None, **changes):
 
 
 @pytest.mark.parametrize("pooling", M.POOLINGS)
-def test_card_names_a_router_that_knows_the_pooling(tokenizer, tmp_path, pooling):
+def test_model_card_names_a_router_that_knows_the_pooling(tokenizer, tmp_path, pooling):
     text = card(tokenizer, tmp_path, "x", pooling=pooling)
     line = f"text-embeddings-router --model-id x --pooling {pooling}\n"
     assert (line in text) == (pooling in ("mean", "cls")) == ("text-embeddings-router" in text)
 
 
-def test_card_quotes_names_and_prompts(tokenizer, tmp_path):
+def test_model_card_quotes_names_and_prompts(tokenizer, tmp_path):
     name, prompt = 'it\'s "my" {model}', 'say "so":\n'
     text = card(tokenizer, tmp_path, name, prompt=prompt)
     lines = [line.strip() for line in text.splitlines()]
@@ -247,7 +247,7 @@ def test_card_quotes_names_and_prompts(tokenizer, tmp_path):
     assert router[2] == name and json.dumps(prompt + "Hi") in text
 
 
-def test_card_lists_languages_that_are_codes(tokenizer, tmp_path):
+def test_origin_lists_languages_that_are_codes(tokenizer, tmp_path):
     pair = (50.0, 50.0)
     names = ("de", "pt_BR", "zh-Hans", "DE", "mine2", "x", "ceb", "a b", "")
     row = {"spearman": {"en-fr": 70.0}, "accuracy": dict.fromkeys(names, pair)}

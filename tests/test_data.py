@@ -12,7 +12,7 @@ import model as M
 from test_msd import CASES, needs_cases, write
 
 
-def test_lines_that_are_suspicious(tmp_path):
+def test_read_pairs_counts_suspicious_lines(tmp_path):
     """Counted, with an example; the totals add up."""
     for first in (
         "english\tnon_english",
@@ -60,13 +60,13 @@ def test_lines_that_are_suspicious(tmp_path):
         ("en-de.tsv.zip", "is zip.*zipfile"),
     ],
 )
-def test_files_that_are_no_pairs(name, message):
+def test_read_pairs_refuses_other_files(name, message):
     with pytest.raises(M.InputError, match=message):
         list(data.read_pairs(CASES / "text" / name, {}))
 
 
 @needs_cases
-def test_files_that_are_suspicious():
+def test_read_pairs_of_suspicious_files():
     with pytest.raises(M.InputError, match=r"111 of 300 lines are bad.*\(U\+0000\)"):
         list(data.read_pairs(CASES / "text" / "en-de.nul.tsv", {}))
     for name, kind in (("header", "header"), ("untranslated", "same")):
@@ -79,7 +79,7 @@ GOOD = "".join(f"sentence {i}\tSatz {i}\n" for i in range(300))
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_other_encodings_are_recognised(tmp_path, encoding, pack):
+def test_read_lines_recognises_other_encodings(tmp_path, encoding, pack):
     text = GOOD + "جملة\tجملة أخرى\n"
     file = write(tmp_path / "l'  été" / "en-ar.tsv", pack(text.encode(encoding)))
     name = encoding.upper()[:6]
@@ -108,7 +108,7 @@ def test_packed_files_are_recognised(tmp_path, module, name):
         list(data.read_pairs(write(file, b"\x28\xb5\x2f\xfd" + bytes(range(90))), {}))
 
 
-def test_joined_files(tmp_path):
+def test_read_lines_of_joined_files(tmp_path):
     """Each of the files that were put together may have begun with a BOM."""
     file = write(tmp_path / "en-de.tsv", "\ufeffone\teins\n\ufefftwo\tzwei\n")
     assert [sides for _, *sides in data.read_pairs(file, {})] == [["one", "eins"], ["two", "zwei"]]

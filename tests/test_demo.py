@@ -54,7 +54,7 @@ def lexicons():
 
 
 @pytest.mark.parametrize("language", ["en", *demo.LANGUAGES])
-def test_translations_by_golden_samples(lexicons, language):
+def test_translate_by_golden_samples(lexicons, language):
     for how, sentences in GOLDEN.items():
         assert demo.say(language, lexicons[language], *how) == sentences[language]
 
@@ -72,7 +72,7 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def test_built_in_corpus(corpus, lexicons):
+def test_write_demo_corpus(corpus, lexicons):
     """Distinct sentences, all languages, all sets; and the split by meaning, re-derived from the
     sentences."""
     nouns, adjectives, verbs = (lexicons["en"][s] for s in ("noun", "adjective", "verb"))

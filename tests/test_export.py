@@ -110,7 +110,7 @@ def test_export_opens_here(students, exported, tmp_path, name, weights, low, siz
 @pytest.mark.parametrize(
     "weights, dtype", [("int8", "float32"), ("float16", "float32"), ("float32", "bfloat16")]
 )
-def test_a_table_stays_in_its_file(students, tokenizer, tmp_path, weights, dtype):
+def test_load_keeps_a_table_in_its_file(students, tokenizer, tmp_path, weights, dtype):
     """A table of 51 MB in float32 is mapped and never widened, or narrowed, as a whole."""
     tiny(tokenizer, vocab_size=200_000, bottleneck_size=64).save(tmp_path / "m")
     export(tmp_path / "m", tmp_path / "small", weights)
@@ -130,7 +130,7 @@ def test_a_table_stays_in_its_file(students, tokenizer, tmp_path, weights, dtype
     )
 
 
-def test_damaged_int8(exported, tmp_path):
+def test_load_refuses_damaged_int8(exported, tmp_path):
     out = exported("bert", weights="int8")
     with pytest.raises(M.InputError, match="cannot be trained"):
         load(out, train=True)

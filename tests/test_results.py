@@ -190,7 +190,7 @@ def test_device_measures(world):
     assert "training, 4 pairs, each side in a call of its own:" in out
 
 
-def test_memory_measures(world):
+def test_memory_script_measures(world):
     row = script("memory", world / "teacher", "--rounds", 1).splitlines()[-1]
     cells = [c.strip() for c in row.strip("|").split("|")]
     size = sum(f.stat().st_size for f in (world / "teacher").glob("*.safetensors"))

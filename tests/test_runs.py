@@ -57,7 +57,7 @@ from tools import checkpoints, cli, evaluation, export
         (["--stages", "2-4", "--assistant", "nowhere"], "nowhere: no such model directory"),
     ],
 )
-def test_bad_commands(flags, message, tmp_path):
+def test_parse_refuses_bad_commands(flags, message, tmp_path):
     place = ["--out", tmp_path / "run", "--cache", tmp_path / "cache"]
     done = run([sys.executable, HERE / "train.py", *place, *flags])
     assert (
@@ -69,7 +69,7 @@ def test_bad_commands(flags, message, tmp_path):
     )
 
 
-def test_a_run_is_known_by_its_content(world, finished, tmp_path, capsys):
+def test_run_identity_is_of_the_content(world, finished, tmp_path, capsys):
     """Data that moved is the same; a file that changed is not, nor is a damaged table shown."""
     out, moved = tmp_path / "out", tmp_path / "moved"
     shutil.copytree(world / "whole", out)
@@ -91,7 +91,7 @@ def test_a_run_is_known_by_its_content(world, finished, tmp_path, capsys):
         run_here(capsys, args)
 
 
-def test_a_model_that_a_faster_process_built(world, finished, tmp_path):
+def test_build_takes_what_a_faster_process_built(world, finished, tmp_path):
     place, folder = train.Run(train.parse(command(world, tmp_path)[2:])), tmp_path / "student"
 
     def slow():
@@ -102,13 +102,13 @@ def test_a_model_that_a_faster_process_built(world, finished, tmp_path):
     assert checkpoints.fingerprint(folder) == checkpoints.fingerprint(world / "whole" / "student")
 
 
-def test_widths_must_match(world, tokenizer, tmp_path):
+def test_check_models_refuses_other_widths(world, tokenizer, tmp_path):
     tiny(tokenizer, hidden_size=16).save(tmp_path / "narrow")
     done = run(command(world, tmp_path / "run", "--assistant", tmp_path / "narrow"))
     assert done.returncode == 2 and "the widths must match" in done.stderr
 
 
-def test_keep_vocab_of_a_run(world, finished, tmp_path, capsys):
+def test_start_cut_assistant_of_a_run(world, finished, tmp_path, capsys):
     """A cut assistant as it is, without stage 1: the run leaves it; bad sizes stop at once."""
     given = world / "whole" / "assistant"
     pieces = len(M.load(given).tokenizer.get_vocab())
@@ -126,7 +126,7 @@ def test_keep_vocab_of_a_run(world, finished, tmp_path, capsys):
         assert not (tmp_path / "bad" / "run.json").exists()
 
 
-def test_other_systems(world, tmp_path):
+def test_main_on_other_systems(world, tmp_path):
     """What Windows and macOS lack is taken away; four stages run all the same."""
     write(
         tmp_path / "without" / "sitecustomize.py",
@@ -170,7 +170,7 @@ pathlib.Path.exists = lambda self, **k: not str(self).startswith("/proc") and th
     assert found.returncode == 0, found.stderr
 
 
-def test_killed_at_random_moments(world, finished):
+def test_main_killed_at_random_moments(world, finished):
     """kill -9 some moment after a checkpoint has changed, continue, until done: the bits of a run
     that was never stopped."""
     rng, kills, file = random.Random(0), 0, world / "killed" / "checkpoint.safetensors"
@@ -201,7 +201,7 @@ def test_killed_at_random_moments(world, finished):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_leave(world, finished, number, code):
+def test_fit_saves_and_leaves_at_a_signal(world, finished, number, code):
     out = world / f"signal{code}"
     p = subprocess.Popen(
         command(world, out, "--epochs", "300"),
@@ -223,7 +223,7 @@ def test_signals_save_and_leave(world, finished, number, code):
     assert "choose another --out" in changed.stderr
 
 
-def test_a_damaged_checkpoint(world, finished, tmp_path, capsys):
+def test_restore_refuses_a_damaged_checkpoint(world, finished, tmp_path, capsys):
     shutil.copytree(world / "whole", out := tmp_path / "out")
     for name in ("results.json", "student"):
         data.delete(out / name)
@@ -232,7 +232,7 @@ def test_a_damaged_checkpoint(world, finished, tmp_path, capsys):
         run_here(capsys, command(world, out))
 
 
-def test_processes_share_a_run(world, finished, tmp_path):
+def test_main_in_processes_that_share_a_run(world, finished, tmp_path):
     """One process killed: the other ends, too; the same command continues to the table; the
     log is written once."""
     file = script(
@@ -268,7 +268,7 @@ train.stage_batches = fragile
 
 
 @pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU here")
-def test_four_stages_on_a_gpu(world, tmp_path):
+def test_main_on_a_gpu(world, tmp_path):
     done = run(command(world, tmp_path / "run", "--device", "cuda"), CUDA_VISIBLE_DEVICES=GPUS)
     assert done.returncode == 0 and "student, stage 4" in done.stdout, done.stderr
     tools = [sys.executable, "-m", "tools", "similarity", tmp_path / "run" / "student"]
@@ -513,7 +513,7 @@ def test_preset_needs_a_value_for_each_stage(monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["-P", "-I"])
-def test_train_finds_its_files_without_the_script_folder(flag, tmp_path):
+def test_main_finds_its_files_without_the_script_folder(flag, tmp_path):
     done = run([sys.executable, flag, HERE / "train.py", "--layers", "0"])
     assert done.returncode == 2 and "argument --layers" in done.stderr, done.stderr
 

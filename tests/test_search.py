@@ -22,7 +22,7 @@ from tools import search as searching
 from tools.checkpoints import fingerprint
 
 
-def test_using_a_model(world, finished, tmp_path, capsys):
+def test_main_of_the_tools_uses_a_model(world, finished, tmp_path, capsys):
     student = world / "whole" / "student"
 
     def model_py(*args):
