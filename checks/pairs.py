@@ -106,7 +106,7 @@ def look(corpus, start, end):
         once = np.intersect1d(*(np.unique(side, return_index=True)[1] for side in ids.T))
         if len(once) >= BLOCK / 2:
             score, offset, loose = alignment(*([side[i] for i in once] for side in sides))
-            offset = offset if len(once) == n else None  # in lines
+            offset = offset if len(once) > 0.9 * n else None  # in lines
             block |= {"score": score, "offset": offset, "loose": loose}
         blocks.append(block)
     return blocks
@@ -154,11 +154,12 @@ def exchanged(corpus, start, end, file):
 def shifted(lines, blocks, bad, file):
     """(what is wrong, fix) of a file whose sides do not translate each other in its bad blocks."""
     what = f"its sides do not translate each other{lines}"
-    k = bad[0]["offset"]
-    if k is None:
+    offsets = {block["offset"] for block in bad} - {None}
+    if not offsets:
         return what, "Align its lines again"
+    k = offsets.pop()
     what += f": the translation of line n stands in line n{k:+}"
-    if len(bad) < len(blocks) or any(block["offset"] != k for block in bad):
+    if offsets or len(bad) < len(blocks):
         return what, "Before them a line is missing on one side: align its lines again"
     kept, pair = ("$1", f"t[NR - {k}], $2") if k > 0 else ("$2", f"$1, t[NR - {-k}]")
     script = f"NR > {abs(k)} {{print {pair}}} {{t[NR] = {kept}}}"
@@ -185,8 +186,8 @@ def fault(corpus, file, start, end, blocks):
         what = f"one side has {few} sentences to {many} of the other{where(bad)}"
         return bad, what, "Make it again"
     bad = [block for block in blocks if block.get("score", SURE) < SURE and min(block["words"]) > 2]
-    bad = [block for block in bad if block["offset"] is not None] or bad
-    if bad and (bad[0]["offset"] is not None or len(bad) >= len(blocks) / 2):
+    known = any(block["offset"] is not None for block in bad)
+    if bad and (known or len(bad) >= len(blocks) / 2):
         return bad, *shifted(where(bad), blocks, bad, file)
     return None
 
