@@ -1636,7 +1636,7 @@ def test_main_with_ablations_by_flags(world, finished, tmp_path, capsys):
 
 # --------------------------------------------------------------------- train: evaluation, the table
 def test_spearman_by_hand():
-    assert list(evaluation.ranks([10, 20, 20, 30])) == [1, 2.5, 2.5, 4]
+    assert list(evaluation.ranks([9, 4, 4, 7, 9, 9, 1])) == [6, 2.5, 2.5, 4, 6, 6, 1]
     assert evaluation.spearman([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]) == pytest.approx(1)
     assert evaluation.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     # ranks 1 2.5 2.5 4 and 1 3 2 4: covariance 4.5, variances 4.5 and 5
