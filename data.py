@@ -421,7 +421,8 @@ def piece_counts(corpus, encoder, cache, most=None):
     """How often the distinct sentences of a corpus, or their first `most` tokens, use each piece of
     an encoder: (V,). They are in no order: the first ones are a fair sample."""
     ids, _ = tokens(corpus, encoder, cache)
-    return np.bincount(ids[:most], minlength=encoder.config.vocab_size)
+    parts = np.split(ids[:most], range(10**7, len(ids[:most]), 10**7))  # it makes int64 of each
+    return sum(np.bincount(part, minlength=encoder.config.vocab_size) for part in parts)
 
 
 def vectors(corpus, ids, encoder, fingerprint, cache, embeddings_only=False, chunk=8192):
