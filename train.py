@@ -55,8 +55,9 @@ FREE = {"out", "cache", "device", "keep"}
 def stage_list(text):
     """A type for argparse: 1-4 or 1,4 -> the list of stages."""
     spans = [re.fullmatch(r"(\d)(?:-(\d))?", part.strip()) for part in text.split(",")]
-    wanted = {k for m in spans if m for k in range(int(m[1]), int(m[2] or m[1]) + 1)}
-    if not all(spans) or not wanted or not wanted <= set(msd.STAGES):
+    parts = [range(int(m[1]), int(m[2] or m[1]) + 1) for m in spans if m]  # 4-2 is empty
+    wanted = set().union(*parts)
+    if not all(spans) or not all(parts) or not wanted <= set(msd.STAGES):
         known = f"stages 1 to {max(msd.STAGES)}, such as 1-{max(msd.STAGES)} or 1,4"
         raise argparse.ArgumentTypeError(f"{text!r}: expected {known}")
     return sorted(wanted)
