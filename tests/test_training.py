@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,6 +323,72 @@ def test_fit_saves_when_it_is_due(tmp_path, monkeypatch):
         monkeypatch.setattr(train, "SAVE_SECONDS", seconds)
         train.fit(a_run(tmp_path), "x", toy, 4, 1e-3, lambda step: (toy_terms(toy), 1))
         assert saved == [1, 2, 3]
+
+
+def test_fit_saves_every_minute(tmp_path, monkeypatch):
+    """Once more than SAVE_SECONDS have passed since the last save, or the start. The log says how
+    long it took, to a tenth of a second."""
+    now, saved, toy = [1e4], [], Toy()
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    real = train.Training.save
+    monkeypatch.setattr(train.Training, "save", lambda *a: (saved.append(a[1]), real(*a)))
+
+    def loss_at(step):
+        now[0] += 20 if step < 12 else 20.34
+        return toy_terms(toy), 1
+
+    train.fit(a_run(tmp_path), "x", toy, 13, 1e-3, loss_at)
+    assert saved == [4, 8, 12] and train.read_log(tmp_path)[-1]["seconds"] == 260.3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_fit_leaves_after_the_step_of_a_signal(tmp_path, number):
+    """Saved, and with the exit code of a process that the signal ended."""
+    toy = Toy()
+
+    def loss_at(step):
+        if step == 2:
+            signal.raise_signal(number)
+        return toy_terms(toy), 1
+
+    with pytest.raises(SystemExit) as left:
+        train.fit(a_run(tmp_path), "x", toy, 9, 1e-3, loss_at)
+    assert left.value.code == 128 + number
+    assert M.read_safetensors(tmp_path / "checkpoint.safetensors")[1]["step"] == "3"
+
+
+def a_training(place):
+    """A Training that is saved after 5 of 9 steps."""
+    toy = Toy()
+    training = train.Training(a_run(place), "x", toy, train.make_optimizer(toy, 1e-3), 9)
+    training.save(5)
+    return training
+
+
+def test_restore_forgets_what_its_log_says_of_later_steps(tmp_path):
+    """Of its own stage alone: what the others said stays."""
+    training = a_training(tmp_path)
+    said = [{"stage": stage, "step": step} for stage in "wxy" for step in (4, 5, 99)]
+    for entry in said:
+        training.run.log(**entry)
+    assert training.restore() == 5
+    kept = [e for e in said if e["stage"] != "x" or e["step"] == 4]
+    assert [{k: e[k] for k in ("stage", "step")} for e in train.read_log(tmp_path)] == kept
+
+
+def test_restore_refuses_what_is_not_its_checkpoint(tmp_path):
+    """Of another run, or with a weight of another shape, even one that could be broadcast."""
+    training = a_training(tmp_path)
+    tensors, meta = M.read_safetensors(training.file)
+    for key in ("", "z"):
+        M.write_safetensors(training.file, tensors, meta | {"run": key})
+        with pytest.raises(M.InputError, match="not of this run; delete it to redo x"):
+            training.restore()
+    for n in (1, 3):
+        M.write_safetensors(training.file, tensors | {"best.bias": torch.zeros(n)}, meta)
+        told = "best.bias is of another shape; delete it to redo x"
+        with pytest.raises(M.InputError, match=told):
+            training.restore()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0])
