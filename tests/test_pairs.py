@@ -348,8 +348,9 @@ def test_check_of_cases(tmp_path, name):
 @needs_data
 @pytest.mark.parametrize("n", [200, 2000])
 def test_check_of_real_text(tmp_path, n):
-    """Every file right way round passes, every exchanged or shifted one is found."""
-    for path in sorted(SHARED.glob("data*/train/*.tsv.gz")):
+    """Every file right way round passes, every exchanged or shifted one is found; a fourth of them
+    with more lines, which takes longer."""
+    for path in sorted(SHARED.glob("data*/train/*.tsv.gz"))[:: 1 if n == 200 else 4]:
         rows = [row for _, *row in data.read_pairs(path, {}, max_lines=n)]
         corpus, told = checked(tmp_path / "right", {path.stem: rows})
         assert len(told) == 2
