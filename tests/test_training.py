@@ -550,9 +550,13 @@ def test_train_stage_takes_fewer_than_a_pass(models, small, monkeypatch):
     terms = [fit.loss_at(step)[0] for step in range(3)]
     assert [list(t) for t in terms] == [["en", "tr"]] * 3
     assert not any(call.contrast for call in calls)
+    teacher = M.load(models["teacher"], "float32")
     made = sorted(len(np.load(f)) for f in Path(run.args.cache).glob("vectors-*.npy"))
     known = texts_of(fit.model, {t for pair in run.pairs[4] for t in pair})
-    english = {a for call in calls for a in read_batch(call, known)[0]}
+    sides = [read_batch(call, known)[0] for call in calls]
+    for call, side in zip(calls, sides):
+        assert apart(call.y_s, teacher.embed(*teacher.tokenize(side))) < 2e-3
+    english = set().union(*sides)
     assert made == sorted([9, len(english)])  # dev's and those of three batches
 
 
