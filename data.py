@@ -59,11 +59,11 @@ def meter(what):
 
 # ---------------------------------------------------------------------------------- reading files
 LINE_LIMIT = 1 << 20  # bytes; a file with a longer one holds no sentence pairs
-ODD = {  # of the pairs kept: from which share of a file on it is a warning, and what it is
-    "same": (0.03, "both sides are equal"),
-    "quoted": (0.03, "both sides are in quotes"),
-    "entities": (0.01, "HTML entities"),
-    "twice": (0.01, "text that was decoded twice"),
+ODD = {  # of the pairs kept: from which share of a file on to warn, what it is, what mends it
+    "same": (0.03, "both sides are equal", None),
+    "quoted": (0.03, "both sides are in quotes", None),
+    "entities": (0.01, "HTML entities", forms.MEND),
+    "twice": (0.01, "text that was decoded twice", forms.MEND),
 }
 COUNTS = ("lines", "kept", "long", "blank", "header", *ODD)
 
@@ -317,11 +317,11 @@ class Corpus:
             yield f"  {cut} files reach --max-lines {max_lines:,}; lines beyond it are not read"
         # Reversed, so that the example of the first file stays.
         examples = {k: v for r in reversed(self.report) for k, v in r["examples"].items()}
-        for kind, (limit, what) in ODD.items():
+        for kind, (limit, what, mend) in ODD.items():
             if n[kind]:
                 shares = [r[kind] / (r["kept"] or 1) for r in self.report]
                 i = shares.index(max(shares))  # the file that has most
-                fix = f"; mend it: {forms.piped(self.files[i], forms.MEND)}" * (limit < 0.03)
+                fix = f"; mend it: {forms.piped(self.files[i], mend)}" if mend else ""
                 warning, fix = ("warning: ", fix) if shares[i] > limit else ("", "")
                 of_file = f" ({shares[i]:.1%} of {self.files[i]})" * (len(shares) > 1)
                 example = f"{what}{of_file}, such as {examples.pop(kind)}"
