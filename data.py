@@ -93,7 +93,7 @@ def read_lines(path):
             whole = len(line) < LINE_LIMIT or line.endswith(b"\n")
             need(whole, f"it has a line of more than {LINE_LIMIT} bytes")
             text = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
-            text = text.removeprefix("\ufeff")  # joined files have more than one BOM
+            text = text.replace("\ufeff", "")  # joined files have more than one BOM
             # A letter and its accent may come as one character or as two: the same sentence twice.
             yield text if text.isascii() else unicodedata.normalize("NFC", text)
 
@@ -138,15 +138,17 @@ def read_pairs(path, report, max_chars=250, max_lines=None):
 
 
 def refuse_bad(path, report, first):
-    """Raises: InputError where more than 1 % of the lines of a file are bad, most are in quotes, or
+    """Raises: InputError where more than 1 % of the lines of a file are bad, cells are quoted, or
     the first pairs have scores or ids on one side; with the command that makes pairs of it."""
     bad, lines = sum(report["bad"].values()), report["lines"]
-    scores = [sum(map(bool, map(forms.SCORE.fullmatch, side))) for side in zip(*first)]
+    scores = [sum(map(forms.is_score, side)) for side in zip(*first)]
+    cells = [cell for sides in first for cell in sides]
     if bad > lines / 100:
         what = f"{bad} of {lines} lines are bad, more than 1 %: {dict(report['bad'])}. First: "
         what += "; ".join(report["examples"][kind] for kind in report["bad"])
-    elif report["quoted"] > report["kept"] / 2:
-        what = f"most lines are in quotes, such as {report['examples']['quoted']}"
+    elif report["quoted"] > report["kept"] / 2 or forms.in_quotes(cells):
+        example = next(cell for cell in cells if cell[:1] == '"')
+        what = f"cells are in quotes, such as {example[:60]}"
     elif max(scores, default=0) > len(first) / 2:
         side = scores.index(max(scores))
         found = "english<TAB>translation, found scores or ids"

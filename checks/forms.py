@@ -6,10 +6,12 @@ within a cell become spaces. data.py asks here; nothing here reads more than it 
 
 import contextlib
 import csv
+import html
 import json
 import os
 import re
 import shlex
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -28,6 +30,8 @@ LATER += r"\u2013-\u203a\u20ac\u2122]"
 TWICE = rf"(?:[\xc2-\xdb]|\xe0[\xa4-\xbf]|[\xe1-\xef]{LATER}|[\xf0-\xf4]{LATER}{{2}}){LATER}"
 NOT_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
 NOT_UTF8 = re.compile("[\ud800-\udfff]")
+ALONE = re.compile("(?<![^\0-\x7f])[\ud800-\udfff](?![^\0-\x7f])")  # a byte amid ASCII
+QUOTED = re.compile('"([^"]|"")*"')  # as a cell of CSV
 ENTITY = re.compile("&(#[0-9]{2,6}|#x[0-9A-Fa-f]{2,5}|[A-Za-z]{2,8}[0-9]{0,2});")
 IS_TWICE = re.compile(TWICE)
 
@@ -59,8 +63,24 @@ def suspicions(text, a, b):
 def is_header(sides):
     """Are these the names of two columns, such as english and non_english, or source and target?"""
     a, b = (re.sub("[^a-z]", "", side.lower()) for side in sides)
-    first = re.fullmatch("en|eng|english|(source|src|original|input)[a-z]*|(sentence|text)(en)?", a)
+    first = re.fullmatch(
+        "eng?|engl?isc?h|(source|src|original|input)[a-z]*|(sentence|text)(en)?", a
+    )
     return bool(first and b and " " not in sides[0] + sides[1])
+
+
+def is_score(cell):
+    """Is this a score, an id, an address, or nothing?"""
+    return bool(SCORE.fullmatch(html.unescape(cell.strip())))
+
+
+def in_quotes(cells):
+    """Are quotes those of CSV, around whole cells? Some writers set them only where a cell needs
+    them; in plain text few cells with a quote are in quotes as a whole."""
+    held = [cell for cell in cells if '"' in cell]
+    whole = sum(map(bool, map(QUOTED.fullmatch, held)))
+    doubled = any('""' in cell[1:-1] for cell in held)
+    return len(held) >= 10 and whole > 0.95 * len(held) and (doubled or len(held) > len(cells) / 4)
 
 
 # ----------------------------------------------------------------------------------- what a file is
@@ -68,51 +88,69 @@ def python(imports, script):
     return f"python -X utf8 -c {shlex.quote(f'import {imports}, sys; {script}')}"
 
 
-def printed(imports, cells, rows):
-    """The command that prints some cells of each row r of its input."""
-    cells = f'" ".join(str(s).split()) for s in ({cells})'
-    return python(imports, f'[print(*({cells}), sep="\\t") for r in {rows}]')
+def printed(imports, cells, rows, first=""):
+    """The command that prints two cells of each row r of its input, where both are text."""
+    text = "if all(isinstance(s, str) and s.strip() for s in c)"
+    cells = (
+        f'print(*(" ".join(s.split()) for s in c), sep="\\t") for r in {rows} for c in [({cells})]'
+    )
+    return python(imports, f"{first}[{cells} {text}]")
 
 
 INPUT = 'open(0, encoding="utf-8-sig")'
-LANGUAGE = '(v.get("{http://www.w3.org/XML/1998/namespace}lang") or v.get("lang") or "").lower()'
+LEAVES = (  # f: all that a value holds, in one list
+    "f = lambda v: [x for p in (v.values() if isinstance(v, dict) else v) for x in f(p)] "
+    "if isinstance(v, (dict, list)) else [v]; "
+)
+READ = "pandas.read_parquet(io.BytesIO(sys.stdin.buffer.read())).reset_index()"
+ROWS = f'{READ}.to_json(orient="values")'
+LENGTH = "lambda i: -sum(len(r[i]) for r in t if isinstance(r[i], str))"
 ZIP = "z = zipfile.ZipFile(io.BytesIO(sys.stdin.buffer.read())); "
+CODES = '("bpt", "ept", "ph", "it", "ut")'  # in a segment: what they hold is markup
+SEGMENT = f'(("" if e.tag.endswith({CODES}) else e.text or "") + (e.tail or "") for e in s)'
+LANGUAGE = '(v.get("{http://www.w3.org/XML/1998/namespace}lang") or v.get("lang") or "")'
+TMX = (  # English first, then the first of the other languages
+    "TMX",
+    printed(
+        "xml.etree.ElementTree as E",
+        "r.get(False), r.get(True)",
+        f'({{{LANGUAGE}[:2].lower() != "en": "".join([s.text or "", *{SEGMENT}]) '
+        'for v in [*t][::-1] if v.tag.endswith("tuv") for s in v if s.tag.endswith("seg")} '
+        'for _, t in E.iterparse(sys.stdin.buffer) if t.tag.endswith("tu"))',
+    ),
+)
 FORMATS = {  # by the first bytes
     rb"PAR1": (
-        "parquet",  # two columns
+        "parquet",  # the two columns of most text, however deep
         printed(
-            "io, pandas",
-            "r[0], r[1]",
-            "pandas.read_parquet(io.BytesIO(sys.stdin.buffer.read())).values",
+            "io, json, pandas",
+            "r[a], r[b]",
+            "t",
+            f"{LEAVES}t = [*map(f, json.loads({ROWS}))]; "
+            f"a, b = sorted(sorted(range(len(t[0])), key={LENGTH})[:2]); ",
         ),
     ),
     rb"PK\x03\x04": (
-        "zip",  # all that is in it
+        "zip",  # of one file
         python("io, zipfile", ZIP + "[sys.stdout.buffer.write(z.read(n)) for n in z.namelist()]"),
     ),
     rb"BZh": ("bzip2", "bzcat"),
     rb"\xfd7zXZ": ("xz", "xzcat"),
     rb"\x28\xb5\x2f\xfd": ("zstd", "zstdcat"),
     rb"\xff\xfe\0\0|\0\0\xfe\xff": ("UTF-32", "iconv -f UTF-32 -t UTF-8"),
+    rb"(?s)(\xff\xfe|\xfe\xff).{,3000}?<\0?t\0?m\0?x": TMX,  # XML says its own encoding
     rb"\xff\xfe|\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
     rb"(\0[^\0]){4}": ("UTF-16", "iconv -f UTF-16BE -t UTF-8"),  # no mark, English letters
     rb"([^\0]\0){4}": ("UTF-16", "iconv -f UTF-16LE -t UTF-8"),
-    rb"(?s)(\xef\xbb\xbf)?\s*<.{,3000}?<tmx": (
-        "TMX",  # English first, then the first of the other languages
-        printed(
-            "xml.etree.ElementTree as E",
-            '"".join(v.find("seg").itertext()) for v in r[:2]',
-            f'(sorted(t.iter("tuv"), key=lambda v: {LANGUAGE}[:2] != "en") for _, t in '
-            'E.iterparse(sys.stdin.buffer) if t.tag == "tu") if len(r) > 1',
-        ),
-    ),
+    rb"(?s)(\xef\xbb\xbf)?\s*<.{,3000}?<tmx": TMX,
 }
 CHAR = 'c.encode("latin-1" if c < "\\u0100" else "cp1252")'
-MENDED = f're.sub(r"{TWICE}", lambda m: b"".join({CHAR} for c in m[0]).decode(errors="replace"), '
-MENDED += "html.unescape(html.unescape(s)))"
+MENDED = f'm = lambda s: re.sub(r"{TWICE}", lambda m: b"".join({CHAR} for c in m[0])'
+MENDED += '.decode(errors="replace"), s); '
+CELL = '" ".join(m(m(html.unescape(html.unescape(s)))).split())'  # some are damaged twice over
 MEND = python(  # of entities and of text decoded twice, cell by cell
     "html, re",
-    f'[print(*(" ".join({MENDED}.split()) for s in r.split("\\t")), sep="\\t") for r in {INPUT}]',
+    f'{MENDED}[print(*({CELL} for s in r.split("\\t")), sep="\\t") for r in {INPUT}]',
 )
 
 
@@ -129,7 +167,22 @@ def refuse_formats(path, head):
     """Raises: InputError where the first bytes of a file are not those of UTF-8 text."""
     for start, (name, command) in FORMATS.items():
         if re.match(start, head):
+            if name == "zip" and zipfile.is_zipfile(path):
+                several_of(path)
             raise InputError(f"it is {name}. Convert it: {piped(path, command)}")
+
+
+def several_of(path):
+    """Raises: InputError where a zip holds several files: they are unpacked first."""
+    with zipfile.ZipFile(path) as z:
+        names = [n for n in z.namelist() if not n.endswith("/")]
+    if "xl/workbook.xml" in names:
+        raise InputError("it is a spreadsheet. Save its sheet as text between tabs, in UTF-8")
+    if len(names) > 1:
+        old, new = (shlex.quote(str(p)) for p in (path, Path(path).with_suffix("")))
+        raise InputError(
+            f"it is a zip of {len(names)} files. Unpack it: python -m zipfile -e {old} {new}"
+        )
 
 
 def count_english(texts):
@@ -145,7 +198,7 @@ def text_columns(rows):
     def those_but(wrong):
         for i, cells in enumerate(columns):
             distinct = len(set(cells)) > max(len(cells) > 1, len(cells) / 10)
-            right = sum(not wrong.fullmatch(cell.strip()) for cell in cells)
+            right = sum(not wrong.fullmatch(html.unescape(cell.strip())) for cell in cells)
             if distinct and right > len(cells) / 2:
                 yield i
 
@@ -159,20 +212,40 @@ def leaves(value, path="r"):
     """Yield all strings in a value of JSON: (how to reach it from r, string)."""
     if isinstance(value, str):
         yield path, value
-    items = enumerate(value) if isinstance(value, list) else ()
-    for key, part in value.items() if isinstance(value, dict) else items:
-        yield from leaves(part, f"{path}[{json.dumps(key, ensure_ascii=False)}]")
+    elif isinstance(value, dict):
+        start = path if path == "r" else f"({path} or {{}})"
+        for key, part in value.items():  # which one row or another may lack
+            yield from leaves(part, f"{start}.get({json.dumps(key, ensure_ascii=False)})")
+    elif isinstance(value, list):
+        for i, part in enumerate(value):
+            yield from leaves(part, f"{path}[{i}]")
+
+
+def rows_within(value, reader):
+    """(some rows, how to read all) of one value of JSON: a list of rows, maybe within an object, or
+    an object of columns, whose cells may be named by their number."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if isinstance(part, list) and isinstance([*part, ""][0], (dict, list)):
+                return rows_within(part, f"{reader}[{json.dumps(key, ensure_ascii=False)}]")
+        columns = "[*v.values()] if isinstance(v, dict) else v for v in {}.values()"
+        columns += " if isinstance(v, (list, dict))"
+        reader = f"map(list, zip(*({columns.format(reader)})))"
+        columns = [v for v in value.values() if isinstance(v, (list, dict))]
+        columns = [[*v.values()] if isinstance(v, dict) else v for v in columns]
+        value = [*map(list, zip(*columns))]
+    return (value[:SAMPLE], reader) if isinstance(value, list) and len(value) > 1 else ([], "")
 
 
 def from_json(lines):
-    """The command for JSON lines, or for one list, flat or nested; None where it is neither."""
-    rows, reader = [], f"map(json.loads, {INPUT})"
+    """The command for JSON lines or one value of JSON, flat or nested; None where it is neither."""
+    rows, reader = [], f"(json.loads(l) for l in {INPUT} if l.strip())"
     with contextlib.suppress(ValueError):
         rows = [json.loads(line) for line in lines[:SAMPLE] if line.strip()]
-    with contextlib.suppress(ValueError):
-        whole = json.loads("\n".join(lines)) if len(rows) < 2 else []
-        if isinstance(whole, list) and isinstance([*whole, ""][0], (dict, list)):
-            rows, reader = whole[:SAMPLE], f"json.load({INPUT})"
+    if len(rows) < 2:
+        rows = []
+        with contextlib.suppress(ValueError):
+            rows, reader = rows_within(json.loads("\n".join(lines)), f"json.load({INPUT})")
     rows = [dict(leaves(row)) for row in rows]
     seen = Counter(key for row in rows for key in row)
     keys = [key for key, n in seen.items() if n > len(rows) / 2]
@@ -188,20 +261,21 @@ def from_moses(path):
     """
     path = Path(path)
     for other in sorted(path.parent.iterdir()):
-        a, b = path.name, other.name
+        a, b = (p.name.removesuffix(".gz") for p in (path, other))
         start = len(re.sub("[A-Za-z]*$", "", os.path.commonprefix([a, b])))
         end = len(re.sub("[A-Za-z]*$", "", os.path.commonprefix([a[::-1], b[::-1]])))
         names = a[start : len(a) - end], b[start : len(b) - end]
         codes = [re.fullmatch(r"([A-Za-z]{2,3}|[a-z]{5,})([-_]\w+)?", name) for name in names]
-        english = [bool(re.match("en([-_g]|$)", name.lower())) for name in names]
+        english = [bool(re.match("en([-_g]|$)|(src|source)$", name.lower())) for name in names]
         if other.is_file() and all(codes) and sum(english) == 1:
             code = "-".join(sorted(names, key=lambda n: n != names[english.index(True)]))
             pair = (path, other) if english[0] else (other, path)
             new = shlex.quote(str(path.with_name(f"text-{a[:start]}{code}.tsv")))
             a, b = (shlex.quote(str(p)) for p in pair)
+            clean = f"tr -d '\\r' > {new}"
             if not any(p.suffix == ".gz" for p in pair):
-                return f"paste {a} {b} > {new}"
-            return f"zcat -f {a} | {{ zcat -f {b} | paste /dev/fd/3 -; }} 3<&0 > {new}"
+                return f"paste {a} {b} | {clean}"
+            return f"zcat -f {a} | {{ zcat -f {b} | paste /dev/fd/3 -; }} 3<&0 | {clean}"
     return None
 
 
@@ -223,7 +297,8 @@ def from_cells(path, lines):
         if len(marked) <= len(lines) / 4:  # a cell may go on in the next line
             continue
         quoted = sum(line.strip()[-1:] == '"' or f'"{mark}' in line for line in marked)
-        is_csv = name == "CSV" or mark == "\t" and quoted > len(marked) / 2
+        cells = [cell for line in marked for cell in line.split(mark)]
+        is_csv = name == "CSV" or mark == "\t" and (quoted > len(marked) / 2 or in_quotes(cells))
         rows = csv_rows(lines, mark) if is_csv else [line.split(mark) for line in marked]
         if not rows:
             continue
@@ -246,6 +321,12 @@ def from_cells(path, lines):
 
 def fix_of(path, lines):
     """What the lines of a file are instead of pairs, with the command to run; "" if unknown."""
+    bad = sum(bool(NOT_UTF8.search(line)) for line in lines)
+    if bad > len(lines) / 100 and not any(map(NOT_TEXT.search, lines)):
+        if sum(bool(ALONE.search(line)) for line in lines) > 0.9 * bad:
+            command = piped(path, "iconv -f WINDOWS-1252 -t UTF-8")
+            return f" It is Windows-1252, if of Western Europe. Convert it: {command}"
+        return f" With its encoding for X: {piped(path, 'iconv -f X -t UTF-8')}"
     if lines and lines[0].lstrip()[:1] in ("{", "[") and (command := from_json(lines)):
         return f" It is JSON. Convert it: {piped(path, command)}"
     name, command = from_cells(path, lines[:SAMPLE])

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,7 @@ FORMS = {
     "csv-semicolon": ("CSV", csv_of(PAIRS, delimiter=";")),
     "csv-line-ends": ("CSV", csv_of((a.replace(" ", "\n", 1), b) for a, b in PAIRS)),
     "tsv-quoted": ("CSV", csv_of(PAIRS, delimiter="\t", quoting=csv.QUOTE_ALL)),
+    "tsv-quoted-where-needed": ("CSV", csv_of(PAIRS, delimiter="\t")),
     "json-flat": ("JSON", jsonl({"id": i, "de": b, "en": a} for i, (a, b) in enumerate(PAIRS))),
     "json-nested": (
         "JSON",
@@ -95,8 +97,36 @@ FORMS = {
     "json-odd-keys": ("JSON", jsonl({"the 'en'": a, 'ü"$': b} for a, b in PAIRS)),
     "json-lists": ("JSON", jsonl(PAIRS)),
     "json-set": ("JSON", jsonl({"set": row} for row in PAIRS)),
+    "json-lacking": (
+        "JSON",
+        jsonl([{"en": PAIRS[0][0], "de": None}, {"en": "You"}])
+        + jsonl({"en": a, "de": b} for a, b in PAIRS).replace("\n", "\n\n"),
+    ),
+    "json-within": ("JSON", json.dumps({"n": 30, "data": [{"en": a, "de": b} for a, b in PAIRS]})),
+    "json-columns": (
+        "JSON",
+        json.dumps({"en": [a for a, _ in PAIRS], "de": [b for _, b in PAIRS]}),
+    ),
+    "json-pandas": (
+        "JSON",
+        json.dumps(
+            {x: dict(enumerate(side)) for x, side in zip(("de", "en"), list(zip(*PAIRS))[::-1])}
+        ),
+    ),
     "json-one-list": ("JSON", json.dumps([{"en": a, "de": b} for a, b in PAIRS], indent=1)),
     "tmx": ("TMX", tmx(PLAIN)),
+    "tmx-inline": (
+        "TMX",
+        tmx([("", "Leer."), *PLAIN])
+        .replace("The ", "<bpt i='1'>&lt;b></bpt>The ")
+        .replace(" cat", "<ph>{}</ph> <hi>c</hi>at")
+        .replace("<tmx ", "<tmx xmlns='http://www.lisa.org/tmx14' "),
+    ),
+    "tmx-two-english": (
+        "TMX",
+        tmx(PLAIN).replace("</tu>", "<tuv xml:lang='en-GB'><seg>The other.</seg></tuv></tu>"),
+    ),
+    "tmx-utf-16": ("TMX", tmx(PLAIN).replace("'1.0'", "'1.0' encoding='UTF-16'")),
     "tmx-old": ("TMX", tmx(PLAIN, "lang", ("en", "ZH-cn"))),
     "bars": ("text with |||", "".join(f"{a} ||| {b}\n" for a, b in PAIRS)),
     "bars-scores": ("text with |||", "".join(f"{b}|||{a}|||0.5 0.1\n" for a, b in PAIRS)),
@@ -120,7 +150,8 @@ def test_fix_of_gives_the_pairs(tmp_path, kind, pack):
     """The file is named, and its command, run as it is printed, gives the pairs."""
     name, text = FORMS[kind]
     suffix = ".gz" if pack is gzip.compress else ""
-    file = write(tmp_path / "l'  été" / f"en-de.x{suffix}", pack(text.encode()))
+    code = "utf-16" if "utf-16" in kind else "utf-8"
+    file = write(tmp_path / "l'  été" / f"en-de.x{suffix}", pack(text.encode(code)))
     with pytest.raises(M.InputError) as e:
         list(data.read_pairs(file, {}))
     assert (f"t is {name}. Convert it: " if name else "Keep two columns: ") in str(e.value)
@@ -131,12 +162,15 @@ def test_fix_of_gives_the_pairs(tmp_path, kind, pack):
     )
 
 
-@pytest.mark.parametrize(
-    "names", ["c.en c.de", "en.txt de.txt", "c.de-en.en.gz c.de-en.de.gz", "c.en_XX c.de_DE.gz"]
-)
-def test_fix_of_moses(tmp_path, names):
+MOSES = ["c.en c.de", "en.txt de.txt", "c.de-en.en.gz c.de-en.de.gz", "c.en_XX c.de_DE.gz"]
+MOSES += ["src-train.txt tgt-train.txt", "train.source train.target", "t.en.gz t.de"]
+
+
+@pytest.mark.parametrize("names", MOSES)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_fix_of_moses(tmp_path, names, end):
     for name, side in zip(names.split(), zip(*PLAIN)):
-        text = "".join(f"{s}\n" for s in side).encode()
+        text = "".join(f"{s}{end}" for s in side).encode()
         if name.endswith(".gz") and "_" not in name:
             text = gzip.compress(text)
         file = write(tmp_path / name.removesuffix(".gz" * ("_" in name)), text)
@@ -151,12 +185,60 @@ def test_fix_of_moses(tmp_path, names):
     assert "Moses" not in str(e.value)
 
 
+def test_fix_of_another_encoding(tmp_path):
+    rows = [(a, b.replace("Katze", "große Kätzin")) for a, b in PLAIN]
+    for text, command in (
+        (tsv(rows), "Western Europe. Convert it: iconv -f WINDOWS-1252 -t UTF-8"),
+        (csv_of(rows, delimiter=";"), "Convert it: iconv -f WINDOWS-1252 -t UTF-8"),
+        (tsv((a, "狗看见一只猫") for a, _ in rows), "With its encoding for X: iconv -f X -t UTF-8"),
+    ):
+        code = "gb18030" if "X" in command.split() else "cp1252"
+        file = write(tmp_path / "a.txt", text.encode(code))
+        with pytest.raises(M.InputError, match="not UTF-8") as e:
+            list(data.read_pairs(file, {}))
+        assert command in str(e.value)
+        subprocess.run(
+            re.split("(?:it|X): ", str(e.value))[-1].replace("-f X", "-f gb18030"), shell=True
+        )
+        assert (tmp_path / "text-a.tsv").read_text("utf-8") == text
+
+
+def test_refuse_formats_of_a_zip(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a b.zip", "w") as z:
+        z.writestr("README", "Of an archive.\n")
+        z.writestr("c.de-en.en", "".join(f"{a}\n" for a, _ in PLAIN))
+        z.writestr("c.de-en.de", "".join(f"{b}\n" for _, b in PLAIN))
+    with pytest.raises(M.InputError, match="it is a zip of 3 files. Unpack it: ") as e:
+        list(data.read_pairs(tmp_path / "a b.zip", {}))
+    subprocess.run(
+        str(e.value).split("Unpack it: ")[1].replace("python", sys.executable), shell=True
+    )
+    with pytest.raises(M.InputError, match="one of Moses' two files") as e:
+        list(data.read_pairs(tmp_path / "a b" / "c.de-en.en", {}))
+    assert run(command_of(str(e.value))) == PLAIN
+    with zipfile.ZipFile(tmp_path / "a.xlsx", "w") as z:
+        z.writestr("xl/workbook.xml", "")
+    with pytest.raises(M.InputError, match="it is a spreadsheet"):
+        list(data.read_pairs(tmp_path / "a.xlsx", {}))
+
+
+def test_in_quotes_leaves_plain_text():
+    """Titles and speech in quotes are no CSV; a cell with a quote in it, quoted, is."""
+    speech = [(f'"Titel {i}"', f'Er sagte "ja {i}".') for i in range(20)]
+    titles = [(f'"Title {i}"', f'"Titel {i}"') for i in range(12)] + [("a", "b")] * 40
+    for rows in (speech, titles, PAIRS):
+        assert not forms.in_quotes([cell for row in rows for cell in row])
+    assert forms.in_quotes([f'"He said ""no"" {i}"' for i in range(10)] + ["plain"] * 99)
+
+
 def test_refuse_bad_scores(tmp_path):
     for side in ("0.98", "tatoeba-17", "https://a.b/c", "17", "1,200"):
         for row in ((side, "The dog sleeps."), ("The dog sleeps.", side)):
             with pytest.raises(M.InputError, match="found scores or ids, such as") as e:
                 list(data.read_pairs(write(tmp_path / "a.tsv", tsv([row] * 30)), {}))
             assert f"column {row.index(side) + 1}:" in str(e.value)
+    chinese = [(a, "".join(f"&#{ord(c)};" for c in "狗看见一只猫")) for a, _ in PLAIN]
+    assert len([*data.read_pairs(write(tmp_path / "a.tsv", tsv(chinese)), {})]) == len(PLAIN)
     few = tsv([("17", "17"), *PLAIN])
     assert len([*data.read_pairs(write(tmp_path / "a.tsv", few), {})]) == 1 + len(PLAIN)
 
@@ -176,6 +258,10 @@ SPECIAL = [
         ("HTML entities", lambda s: s.replace("&", "&#x26;").replace(" cats", "&#10;cats")),
         ("text that was decoded twice", lambda s: s.encode().decode("cp1252")),
         ("text that was decoded twice", lambda s: s.encode().decode("latin-1")),
+        (
+            "text that was decoded twice",
+            lambda s: s.encode().decode("cp1252").encode().decode("cp1252"),
+        ),
     ],
 )
 def test_describe_mends(tmp_path, pack, kind, damage):
