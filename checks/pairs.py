@@ -6,7 +6,8 @@ Found from the text alone, whatever the language and the teacher:
                of lines, the likeness of its English sentences to each other is laid over that of
                their translations, as they stand and shifted by some lines
     leaks      a sentence of dev or of a similarity set, but for case, spaces and punctuation
-Files are judged by some blocks, evenly spread; a leak is looked for in every line.
+Files are judged by some blocks, evenly spread; a leak is looked for in every line. In a file that
+is sorted by length a block's sentences are alike: lines that are spread over it decide, too.
 
 python -m checks.pairs HELD_OUT... < TRAIN.tsv > NEW.tsv: the lines without held-out sentences
 """
@@ -251,27 +252,29 @@ def leaks(corpus, held, chunk=100_000):
 
 def told_leaks(corpus, dev, sts, folder):
     """Yield what is to be said of held-out sentences in the training text; noted in its report."""
-    held = {}  # {file or folder: keys of its sentences}
+    held = {}  # {file or similarity set: keys of its sentences}
     for file, start, end in by_file(dev) if dev else ():
         held[file] = set(map(key, dev.texts(np.unique(dev.pairs[start:end])))) - {""}
-    if sts:
-        held[folder] = {key(text) for a, b, _ in sts.values() for text in (*a, *b)} - {""}
+    for name, (a, b, _) in (sts or {}).items():
+        held[f"{name} of {folder}"] = set(map(key, (*a, *b))) - {""}
     if not held:
         return
-    found, leaked = leaks(corpus, set().union(*held.values()))
+    every = set().union(*held.values())
+    found, leaked = leaks(corpus, every)
     leaked = leaked[corpus.pairs].any(1)
     for report, (_, start, end) in zip(corpus.report, by_file(corpus)):
         report["leaks"] = int(leaked[start:end].sum())
-    known = {file: len(found & keys) for file, keys in held.items()}
     yield (
-        f"  {sum(known.values()):,} of {sum(map(len, held.values())):,} sentences of --dev and "
-        "--sts are in the training text, but for case, spaces and punctuation"
+        f"  {len(found):,} of {len(every):,} sentences of --dev and --sts are in the training "
+        "text, but for case, spaces and punctuation"
     )
-    if bad := {f: known[f] / len(held[f]) for f in held if known[f] >= 0.01 * len(held[f])}:
+    shares = {name: len(found & keys) / len(keys) for name, keys in held.items() if keys}
+    if bad := {name: share for name, share in shares.items() if share >= 0.01}:
         counts = {f: r["leaks"] for f, r in zip(corpus.files, corpus.report) if r["leaks"]}
         worst = max(counts, key=counts.get)
-        command = f"python -m checks.pairs {shlex.join(map(str, held))}"
-        names = ", ".join(f"{share:.0%} of {file}" for file, share in bad.items())
+        files = [*(dev.files if dev else ()), *([folder] if sts else ())]
+        command = f"python -m checks.pairs {shlex.join(map(str, files))}"
+        names = ", ".join(f"{share:.0%} of {name}" for name, share in bad.items())
         fix = f"Drop them, in {len(counts)} files such as: {piped(worst, command)}"
         yield f"  warning: so are {names}. {fix}"
 

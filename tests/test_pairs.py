@@ -334,6 +334,17 @@ def test_check_finds_leaks(tmp_path, made):
     assert told[-1].startswith("  0 of 284 ")
 
 
+def test_check_judges_each_similarity_set(tmp_path, made):
+    """A small set may be in the training text whole."""
+    train, folder = made[0]["de"], tmp_path / "sts"
+    write(folder / "STS.en-de.txt", tsv([(*train[0], 1), (*train[1], 2)]))
+    write(folder / "STS.en-nl.txt", tsv((f"the {i}x", f"de {i}y", i % 6) for i in range(400)))
+    sts = data.read_sts(folder)
+    _, told = checked(tmp_path / "train", {"en-de.tsv": train}, None, sts, folder)
+    assert "  4 of 804 sentences" in told[-2] and f"so are 100% of en-de of {folder}." in told[-1]
+    assert run(told[-1].split("such as: ")[1]) == train[2:]
+
+
 @needs_cases
 @pytest.mark.parametrize("name", ["clean", "swapped", "shifted"])
 def test_check_of_cases(tmp_path, name):
