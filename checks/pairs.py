@@ -123,7 +123,8 @@ def stretch(votes):
 
 
 def awk(file, script):
-    return piped(file, f"awk -F '\\t' -v OFS='\\t' '{script}'")
+    cut = r'{sub(/\r$/, "")}'  # the line ends of Windows
+    return piped(file, f"awk -F '\\t' -v OFS='\\t' '{cut} {script}'")
 
 
 def exchanged(corpus, start, end, file):
@@ -162,8 +163,8 @@ def shifted(lines, blocks, bad, file):
     what += f": the translation of line n stands in line n{k:+}"
     if offsets or len(bad) < len(blocks):
         return what, "Before them a line is missing on one side: align its lines again"
-    kept, pair = ("$1", f"t[NR - {k}], $2") if k > 0 else ("$2", f"$1, t[NR - {-k}]")
-    script = f"NR > {abs(k)} {{print {pair}}} {{t[NR] = {kept}}}"
+    kept, pair = ("$1", f"t[n - {k}], $2") if k > 0 else ("$2", f"$1, t[n - {-k}]")
+    script = f"NF > 1 {{t[++n] = {kept}; if (n > {abs(k)}) print {pair}}}"  # n: of pairs
     return what, f"Shift them back: {awk(file, script)}"
 
 

@@ -247,6 +247,15 @@ WRONG = {  # what is done to right pairs; the words of the error; what its comma
         "do not translate each other.*: the translation of line n stands in line n-1",
         lambda p: p[1:-1],
     ),
+    "a line lost, blank ones left": (
+        lambda p: [
+            row
+            for i, (a, b) in enumerate(zip(p, p[1:]))
+            for row in [("",)] * (i % 7 == 3) + [(a[0], b[1])]
+        ],
+        "the translation of line n stands in line n-1",
+        lambda p: p[1:-1],
+    ),
     "three lines added": (
         lambda p: [(a[0], b[1]) for a, b in zip(p[3:], p)],
         r"the translation of line n stands in line n\+3",
@@ -343,6 +352,12 @@ def test_check_judges_each_similarity_set(tmp_path, made):
     _, told = checked(tmp_path / "train", {"en-de.tsv": train}, None, sts, folder)
     assert "  4 of 804 sentences" in told[-2] and f"so are 100% of en-de of {folder}." in told[-1]
     assert run(told[-1].split("such as: ")[1]) == train[2:]
+
+
+def test_awk_reads_the_line_ends_of_windows(tmp_path):
+    file = write(tmp_path / "a.tsv", "x\ty\r\n" * 3)
+    assert run(pairs.awk(file, "{print $2, $1}")) == [("y", "x")] * 3
+    assert (tmp_path / "text-a.tsv").read_bytes() == b"y\tx\n" * 3
 
 
 @needs_cases
