@@ -141,11 +141,10 @@ def exchanged(corpus, start, end, file):
     vote = np.sign(np.subtract(*sums))
     first, last, _ = stretch(vote)
     first, last = first if first > 2 else 0, last if last < len(vote) - 2 else len(vote)
-    if (vote < 0).sum() > 1.1 * (vote[first:last] < 0).sum() or vote[first:last].mean() > -0.8:
-        return (
-            f"English is the second side of {(vote < 0).mean():.0%} of its lines",
-            "Make it again",
-        )
+    wrong, right = ((sign * vote[first:last] > 0).sum() for sign in (-1, 1))
+    if max((vote < 0).sum() - wrong, right) > 0.1 * wrong:
+        what = f"English is the second side of {(vote < 0).mean():.0%} of its lines"
+        return what, "Make it again"
     a, b = corpus.line[start + first], corpus.line[start + last - 1]
     lines = [f"NR >= {a}"] * (first > 0) + [f"NR <= {b}"] * (last < len(vote))
     script = f"{' && '.join(lines)} {{print $2, $1; next}} 1" if lines else "{print $2, $1}"

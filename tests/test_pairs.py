@@ -237,6 +237,11 @@ WRONG = {  # what is done to right pairs; the words of the error; what its comma
         r"English is the second side in lines 61 to 130",
         lambda p: p,
     ),
+    "exchanged with names": (  # which say nothing of sides
+        lambda p: [row for i, (a, b) in enumerate(p[::2]) for row in ((b, a), (f"Tom {i}",) * 2)],
+        "English is the second side, such as",
+        lambda p: [r for i, row in enumerate(p[::2]) for r in (row, (f"Tom {i}",) * 2)],
+    ),
     "exchanged mixed": (
         lambda p: [row[:: 1 if i % 2 else -1] for i, row in enumerate(p)],
         r"English is the second side of [45]\d% of its lines",
