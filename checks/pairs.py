@@ -36,6 +36,9 @@ WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+|[?!]")
 # Shares from which on there is a warning.
 LOOSE = 0.2  # lines that fit no better than others
 MIXED = 0.02  # lines with English second
+# The share of lines with a word of English from which on a file has English: right ones had 0.1 and
+# more, be it of their shortest lines, those of two other languages 0.02 at most.
+SOME = 0.05
 
 
 # ------------------------------------------------------------------------------ sides, alignment
@@ -101,6 +104,7 @@ def look(corpus, start, end):
         ids = corpus.pairs[begin : begin + n]
         sides = [[words(text) for text in corpus.texts(side)] for side in ids.T]
         block = {"begin": begin, "end": begin + n, "votes": votes(sides)}
+        block["english"] = np.mean([not ENGLISH.isdisjoint(a + b) for a, b in zip(*sides)])
         block["distinct"] = [len(np.unique(side)) for side in ids.T]
         block["words"] = [sum(map(len, side)) / n for side in sides]
         # Of lines with a sentence again, as of its other translations, one is enough.
@@ -179,6 +183,9 @@ def fault(corpus, file, start, end, blocks):
         return bad if len(bad) >= max(1, min(2, len(blocks) // 2)) else []
 
     votes = np.concatenate([block["votes"] for block in blocks])
+    english, *sizes = np.mean([[block["english"], *block["words"]] for block in blocks], axis=0)
+    if len(votes) >= BLOCK and english < SOME and min(sizes) > 3:  # names have few such words
+        return blocks, "English is on neither side", "Make it again"
     if stretch(votes)[2] >= 10 or (votes < 0).sum() >= max(10, 0.2 * np.abs(votes).sum()):
         bad = [block for block in blocks if block["votes"].sum() < 0] or blocks
         return bad, *exchanged(corpus, start, end, file)

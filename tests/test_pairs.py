@@ -300,6 +300,20 @@ def test_check_refuses(tmp_path, made, kind, language):
             assert run(command_of(str(e.value))) == mended(right[:n])
 
 
+def test_check_refuses_pairs_without_english(tmp_path, made):
+    """Some such words are in any text; words alone, as names, have none."""
+    rows = [(a, b) for (_, a), (_, b) in zip(made[0]["de"], made[0]["nl"])]
+    rows[7] = ("Das ist The Who", rows[7][1])
+    for n in (200, 600):
+        with pytest.raises(
+            M.InputError, match="English is on neither side, such as line 1: .*again"
+        ):
+            checked(tmp_path / str(n), {"en-nl.tsv": rows[:n]})
+    checked(tmp_path / "few", {"en-nl.tsv": rows[:99]})
+    names = [(a.split()[-1], b.split()[-1] + f" {i}") for i, (a, b) in enumerate(made[0]["nl"])]
+    checked(tmp_path / "names", {"en-nl.tsv": names})
+
+
 def test_check_passes(tmp_path, made):
     """Right files, and those too odd to judge, go through; the report is in the corpus, too."""
     texts, folder = made
