@@ -178,10 +178,13 @@ def fault(corpus, file, start, end, blocks):
         a, b = (corpus.line[i] for i in (bad[0]["begin"], bad[-1]["end"] - 1))
         return f" in lines {a} to {b}" if len(bad) < len(blocks) else ""
 
-    def some(test):
-        bad = [block for block in blocks if test(block)]
-        return bad if len(bad) >= max(1, min(2, len(blocks) // 2)) else []
-
+    n = blocks[0]["end"] - blocks[0]["begin"]
+    bad = [block for block in blocks if 10 * min(block["distinct"]) <= max(block["distinct"])]
+    bad = bad or [block for block in blocks if BLOCK / 2 <= n >= 20 * min(block["distinct"])]
+    least = min([n, *(min(block["distinct"]) for block in bad)])
+    if bad and (least <= 2 or len(bad) >= len(blocks) / 8):
+        what = f"only {least} of {n} sentences of a side differ{where(bad)}"
+        return bad, what, "Make it again"
     votes = np.concatenate([block["votes"] for block in blocks])
     english, *sizes = np.mean([[block["english"], *block["words"]] for block in blocks], axis=0)
     if len(votes) >= BLOCK and english < SOME and min(sizes) > 3:  # names have few such words
@@ -189,10 +192,6 @@ def fault(corpus, file, start, end, blocks):
     if stretch(votes)[2] >= 10 or (votes < 0).sum() >= max(10, 0.2 * np.abs(votes).sum()):
         bad = [block for block in blocks if block["votes"].sum() < 0] or blocks
         return bad, *exchanged(corpus, start, end, file)
-    if bad := some(lambda b: 20 * min(b["distinct"]) <= max(b["distinct"])):
-        few, many = sorted(bad[0]["distinct"])
-        what = f"one side has {few} sentences to {many} of the other{where(bad)}"
-        return bad, what, "Make it again"
     bad = [block for block in blocks if block.get("score", SURE) < SURE and min(block["words"]) > 2]
     known = any(block["offset"] is not None for block in bad)
     if bad and (known or len(bad) >= len(blocks) / 2):

@@ -276,10 +276,24 @@ WRONG = {  # what is done to right pairs; the words of the error; what its comma
         "do not translate each other, such as .*Align",
         None,
     ),
-    "constant": (lambda p: [(p[0][0], b) for _, b in p], "one side has 1 sentences to 100", None),
+    "constant": (
+        lambda p: [(p[0][0], b) for _, b in p],
+        "only 1 of 100 sentences of a side differ, ",
+        None,
+    ),
     "constant from": (
         lambda p: p[:90] + [(a, p[0][1]) for a, _ in p[90:]],
-        r"one side has 1 sentences to 100 of the other in lines",
+        r"only 1 of 100 sentences of a side differ in lines",
+        None,
+    ),
+    "ten in turn": (
+        lambda p: [(a, p[i % 10][1]) for i, (a, _) in enumerate(p)],
+        "only 10 of 100 sentences of a side differ, ",
+        None,
+    ),
+    "codes": (
+        lambda p: [("en", "de")] * len(p),
+        "only 1 of 100 sentences of a side differ, ",
         None,
     ),
 }
@@ -298,6 +312,15 @@ def test_check_refuses(tmp_path, made, kind, language):
         assert str(e.value).count("<TAB>") == 3 and "\n" not in str(e.value)
         if mended:
             assert run(command_of(str(e.value))) == mended(right[:n])
+
+
+def test_check_refuses_a_constant_end(tmp_path, made):
+    """One block of many is enough, where hardly a sentence differs."""
+    rows = made[0]["de"]
+    for few in (1, 2):
+        end = [(a, rows[i % few][1]) for i, (a, _) in enumerate(rows[480:])]
+        with pytest.raises(M.InputError, match=f"only {few} of 100 .* differ in lines"):
+            checked(tmp_path / str(few), {"en-de.tsv": rows[:480] + end})
 
 
 def test_check_refuses_pairs_without_english(tmp_path, made):
