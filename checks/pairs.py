@@ -28,7 +28,7 @@ from data import read_lines
 from model import InputError
 
 BLOCK, BLOCKS = 100, 16  # lines that are compared with each other; such blocks of a file
-# Standard deviations. In ten languages right blocks had 14 and more, wrong ones at most 5, and
+# Standard deviations. In ten languages right blocks had 12 and more, wrong ones at most 5, and
 # right ones of the built-in corpus, whose sentences are all alike, 10 and more.
 SURE = 7
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # a sign is a word
@@ -63,7 +63,7 @@ def likeness(texts):
     M /= np.linalg.norm(M, axis=1, keepdims=True) + 1e-9
     size = np.log([5 + sum(map(len, text)) for text in texts]).astype(np.float32)
     size = (size - size.mean()) / (size.std() + 1e-9)
-    K = np.minimum(M @ M.T, 0.5) + 0.1 * np.exp(-4 * (size[:, None] - size) ** 2)
+    K = np.minimum(M @ M.T, 0.5) + 0.04 * np.exp(-4 * (size[:, None] - size) ** 2)
     np.fill_diagonal(K, 0)
     return K - K.mean(1, keepdims=True) - K.mean(0) + K.mean()
 
@@ -96,14 +96,18 @@ def alignment(english, translations):
     return score, offset, min(1.0, 2 * float((better < 0.5).mean()))
 
 
-def look(corpus, start, end):
-    """What the blocks of a file, pairs start to end of a corpus, are like: a list of dicts."""
+def look(corpus, start, end, spread=False):
+    """What the blocks of a file, pairs start to end of a corpus, are like: a list of dicts.
+    spread: those of lines that are far from each other."""
     blocks, n = [], min(BLOCK, end - start)
     count = min(BLOCKS, math.ceil((end - start) / n))
-    for begin in np.linspace(start, end - n, count).astype(int):
-        ids = corpus.pairs[begin : begin + n]
+    rows = np.linspace(start, end - n, count).astype(int)[:, None] + np.arange(n)
+    if spread:
+        rows = np.linspace(start, end, n * count, endpoint=False).astype(int).reshape(n, count).T
+    for some in rows:
+        ids = corpus.pairs[some]
         sides = [[words(text) for text in corpus.texts(side)] for side in ids.T]
-        block = {"begin": begin, "end": begin + n, "votes": votes(sides)}
+        block = {"begin": some[0], "end": some[-1] + 1, "votes": votes(sides)}
         block["english"] = np.mean([not ENGLISH.isdisjoint(a + b) for a, b in zip(*sides)])
         block["distinct"] = [len(np.unique(side)) for side in ids.T]
         block["words"] = [sum(map(len, side)) / n for side in sides]
@@ -194,7 +198,9 @@ def fault(corpus, file, start, end, blocks):
         return bad, *exchanged(corpus, start, end, file)
     bad = [block for block in blocks if block.get("score", SURE) < SURE and min(block["words"]) > 2]
     known = any(block["offset"] is not None for block in bad)
-    if bad and (known or len(bad) >= len(blocks) / 2):
+    if len(bad) >= len(blocks) / 2 and not known:
+        known = noted(corpus, bad[0]["begin"], bad[-1]["end"])["score"] < SURE
+    if known:
         return bad, *shifted(where(bad), blocks, bad, file)
     return None
 
@@ -294,8 +300,9 @@ def by_file(corpus):
         yield file, start, end
 
 
-def noted(corpus, start, end, blocks):
-    """What the report of a file says of its sides: by some blocks, but for what is repeated."""
+def noted(corpus, start, end):
+    """What the report of a file says of its sides: by spread lines, but for what is repeated."""
+    blocks = look(corpus, start, end, spread=True)
     vote = np.concatenate([block["votes"] for block in blocks])
     judged = [block for block in blocks if "score" in block]
     mean = {k: np.mean([b[k] for b in judged or [{k: math.nan}]]) for k in ("score", "loose")}
@@ -331,9 +338,8 @@ def check(corpus, dev=None, sts=None, folder=None):
     for part in (corpus, dev) if dev else (corpus,):
         for report, (file, start, end) in zip(part.report, by_file(part)):
             if start < end:
-                blocks = look(part, start, end)
-                report |= noted(part, start, end, blocks)
-                seen.append((report, part, file, start, end, blocks))
+                report |= noted(part, start, end)
+                seen.append((report, part, file, start, end, look(part, start, end)))
     yield from table([report for report, *_ in seen])
     for report, *rest in seen:
         refuse(*rest)

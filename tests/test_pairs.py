@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -337,6 +338,23 @@ def test_check_refuses_pairs_without_english(tmp_path, made):
     checked(tmp_path / "names", {"en-nl.tsv": names})
 
 
+def test_check_of_sorted_text(tmp_path):
+    """Where neighbours have no word in common, as in files that are sorted, a block says nothing:
+    lines from all over the file do, here each topic's."""
+    rng, count = np.random.default_rng(0), itertools.count(10_000)
+
+    def sentence(topic):
+        return " ".join([topic, *(f"{next(count)}x" for _ in range(rng.integers(3, 6)))])
+
+    topics = np.concatenate([rng.permutation(100) for _ in range(8)])
+    right = [(sentence(f"the {i}a"), sentence(f"{i}b")) for i in topics]
+    corpus, _ = checked(tmp_path / "right", {"en-xx.tsv": right})
+    assert corpus.report[0]["score"] > 2 * pairs.SURE
+    wrong = [(a, right[i][1]) for (a, _), i in zip(right, rng.permutation(800))]
+    with pytest.raises(M.InputError, match="do not translate each other, such as .*Align"):
+        checked(tmp_path / "wrong", {"en-xx.tsv": wrong})
+
+
 def test_check_passes(tmp_path, made):
     """Right files, and those too odd to judge, go through; the report is in the corpus, too."""
     texts, folder = made
@@ -426,6 +444,20 @@ def test_check_of_real_text(tmp_path, n):
             wrong, message, _ = WRONG[kind]
             with pytest.raises(M.InputError, match=message):
                 checked(tmp_path / kind, {path.stem: wrong([*map(tuple, rows)])})
+
+
+@needs_data
+def test_check_of_sorted_real_text(tmp_path):
+    """Of files that are sorted by length the whole, the shortest and the longest lines pass; the
+    longest shifted do not."""
+    for path in sorted(SHARED.glob("data*/train/*.tsv.gz")):
+        rows = [tuple(row) for _, *row in data.read_pairs(path, {}, max_lines=8000)]
+        rows.sort(key=lambda row: len(row[0]))
+        for part in (rows[::8], rows[:1000], rows[-1000:]):
+            corpus, told = checked(tmp_path / "right", {path.stem: part})
+            assert len(told) == 2 or part is not rows[::8]
+        with pytest.raises(M.InputError, match="do not translate each other"):
+            checked(tmp_path / "wrong", {path.stem: WRONG["a line lost"][0](rows[-1000:])})
 
 
 def test_spaced_takes_a_sample(monkeypatch):
