@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -323,6 +324,11 @@ WRONG = {  # what is done to right pairs; the words of the error; what its comma
         r"English is the second side in lines 61 to 130",
         lambda p: p,
     ),
+    "exchanged with names": (  # which say nothing of sides
+        lambda p: [row for i, (a, b) in enumerate(p[::2]) for row in ((b, a), (f"Tom {i}",) * 2)],
+        "English is the second side, such as",
+        lambda p: [r for i, row in enumerate(p[::2]) for r in (row, (f"Tom {i}",) * 2)],
+    ),
     "exchanged mixed": (
         lambda p: [row[:: 1 if i % 2 else -1] for i, row in enumerate(p)],
         r"English is the second side of [45]\d% of its lines",
@@ -331,6 +337,15 @@ WRONG = {  # what is done to right pairs; the words of the error; what its comma
     "a line lost": (
         lambda p: [(a[0], b[1]) for a, b in zip(p, p[1:])],
         "do not translate each other.*: the translation of line n stands in line n-1",
+        lambda p: p[1:-1],
+    ),
+    "a line lost, blank ones left": (
+        lambda p: [
+            row
+            for i, (a, b) in enumerate(zip(p, p[1:]))
+            for row in [("",)] * (i % 7 == 3) + [(a[0], b[1])]
+        ],
+        "the translation of line n stands in line n-1",
         lambda p: p[1:-1],
     ),
     "three lines added": (
@@ -348,10 +363,24 @@ WRONG = {  # what is done to right pairs; the words of the error; what its comma
         "do not translate each other, such as .*Align",
         None,
     ),
-    "constant": (lambda p: [(p[0][0], b) for _, b in p], "one side has 1 sentences to 100", None),
+    "constant": (
+        lambda p: [(p[0][0], b) for _, b in p],
+        "only 1 of 100 sentences of a side differ, ",
+        None,
+    ),
     "constant from": (
         lambda p: p[:90] + [(a, p[0][1]) for a, _ in p[90:]],
-        r"one side has 1 sentences to 100 of the other in lines",
+        r"only 1 of 100 sentences of a side differ in lines",
+        None,
+    ),
+    "ten in turn": (
+        lambda p: [(a, p[i % 10][1]) for i, (a, _) in enumerate(p)],
+        "only 10 of 100 sentences of a side differ, ",
+        None,
+    ),
+    "codes": (
+        lambda p: [("en", "de")] * len(p),
+        "only 1 of 100 sentences of a side differ, ",
         None,
     ),
 }
@@ -370,6 +399,46 @@ def test_check_refuses(tmp_path, made, kind, language):
         assert str(e.value).count("<TAB>") == 3 and "\n" not in str(e.value)
         if mended:
             assert run(command_of(str(e.value))) == mended(right[:n])
+
+
+def test_check_refuses_a_constant_end(tmp_path, made):
+    """One block of many is enough, where hardly a sentence differs."""
+    rows = made[0]["de"]
+    for few in (1, 2):
+        end = [(a, rows[i % few][1]) for i, (a, _) in enumerate(rows[480:])]
+        with pytest.raises(M.InputError, match=f"only {few} of 100 .* differ in lines"):
+            checked(tmp_path / str(few), {"en-de.tsv": rows[:480] + end})
+
+
+def test_check_refuses_pairs_without_english(tmp_path, made):
+    """Some such words are in any text; words alone, as names, have none."""
+    rows = [(a, b) for (_, a), (_, b) in zip(made[0]["de"], made[0]["nl"])]
+    rows[7] = ("Das ist The Who", rows[7][1])
+    for n in (200, 600):
+        with pytest.raises(
+            M.InputError, match="English is on neither side, such as line 1: .*again"
+        ):
+            checked(tmp_path / str(n), {"en-nl.tsv": rows[:n]})
+    checked(tmp_path / "few", {"en-nl.tsv": rows[:99]})
+    names = [(a.split()[-1], b.split()[-1] + f" {i}") for i, (a, b) in enumerate(made[0]["nl"])]
+    checked(tmp_path / "names", {"en-nl.tsv": names})
+
+
+def test_check_of_sorted_text(tmp_path):
+    """Where neighbours have no word in common, as in files that are sorted, a block says nothing:
+    lines from all over the file do, here each topic's."""
+    rng, count = np.random.default_rng(0), itertools.count(10_000)
+
+    def sentence(topic):
+        return " ".join([topic, *(f"{next(count)}x" for _ in range(rng.integers(3, 6)))])
+
+    topics = np.concatenate([rng.permutation(100) for _ in range(8)])
+    right = [(sentence(f"the {i}a"), sentence(f"{i}b")) for i in topics]
+    corpus, _ = checked(tmp_path / "right", {"en-xx.tsv": right})
+    assert corpus.report[0]["score"] > 2 * pairs.SURE
+    wrong = [(a, right[i][1]) for (a, _), i in zip(right, rng.permutation(800))]
+    with pytest.raises(M.InputError, match="do not translate each other, such as .*Align"):
+        checked(tmp_path / "wrong", {"en-xx.tsv": wrong})
 
 
 def test_check_passes(tmp_path, made):
@@ -420,6 +489,23 @@ def test_check_finds_leaks(tmp_path, made):
     assert told[-1].startswith("  0 of 284 ")
 
 
+def test_check_judges_each_similarity_set(tmp_path, made):
+    """A small set may be in the training text whole."""
+    train, folder = made[0]["de"], tmp_path / "sts"
+    write(folder / "STS.en-de.txt", tsv([(*train[0], 1), (*train[1], 2)]))
+    write(folder / "STS.en-nl.txt", tsv((f"the {i}x", f"de {i}y", i % 6) for i in range(400)))
+    sts = data.read_sts(folder)
+    _, told = checked(tmp_path / "train", {"en-de.tsv": train}, None, sts, folder)
+    assert "  4 of 804 sentences" in told[-2] and f"so are 100% of en-de of {folder}." in told[-1]
+    assert run(told[-1].split("such as: ")[1]) == train[2:]
+
+
+def test_awk_reads_the_line_ends_of_windows(tmp_path):
+    file = write(tmp_path / "a.tsv", "x\ty\r\n" * 3)
+    assert run(pairs.awk(file, "{print $2, $1}")) == [("y", "x")] * 3
+    assert (tmp_path / "text-a.tsv").read_bytes() == b"y\tx\n" * 3
+
+
 @needs_cases
 @pytest.mark.parametrize("name", ["clean", "swapped", "shifted"])
 def test_check_of_cases(tmp_path, name):
@@ -444,6 +530,20 @@ def test_check_of_real_text(tmp_path, n):
             wrong, message, _ = WRONG[kind]
             with pytest.raises(M.InputError, match=message):
                 checked(tmp_path / kind, {path.stem: wrong([*map(tuple, rows)])})
+
+
+@needs_data
+def test_check_of_sorted_real_text(tmp_path):
+    """Of files that are sorted by length the whole, the shortest and the longest lines pass; the
+    longest shifted do not."""
+    for path in sorted(SHARED.glob("data*/train/*.tsv.gz")):
+        rows = [tuple(row) for _, *row in data.read_pairs(path, {}, max_lines=8000)]
+        rows.sort(key=lambda row: len(row[0]))
+        for part in (rows[::8], rows[:1000], rows[-1000:]):
+            corpus, told = checked(tmp_path / "right", {path.stem: part})
+            assert len(told) == 2 or part is not rows[::8]
+        with pytest.raises(M.InputError, match="do not translate each other"):
+            checked(tmp_path / "wrong", {path.stem: WRONG["a line lost"][0](rows[-1000:])})
 
 
 def test_spaced_takes_a_sample(monkeypatch):
