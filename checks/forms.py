@@ -105,7 +105,10 @@ LEAVES = (  # f: all that a value holds, in one list
 READ = "pandas.read_parquet(io.BytesIO(sys.stdin.buffer.read())).reset_index()"
 ROWS = f'{READ}.to_json(orient="values")'
 LENGTH = "lambda i: -sum(len(r[i]) for r in t if isinstance(r[i], str))"
+PAPERS = "README|LICENSE|_about|__MACOSX"  # what lies beside the text in a zip
 ZIP = "z = zipfile.ZipFile(io.BytesIO(sys.stdin.buffer.read())); "
+ZIP += "[sys.stdout.buffer.write(z.read(n)) for n in z.namelist() "
+ZIP += f'if not re.match("{PAPERS}", n)]'
 CODES = '("bpt", "ept", "ph", "it", "ut")'  # in a segment: what they hold is markup
 SEGMENT = f'(("" if e.tag.endswith({CODES}) else e.text or "") + (e.tail or "") for e in s)'
 LANGUAGE = '(v.get("{http://www.w3.org/XML/1998/namespace}lang") or v.get("lang") or "")'
@@ -132,7 +135,7 @@ FORMATS = {  # by the first bytes
     ),
     rb"PK\x03\x04": (
         "zip",  # of one file
-        python("io, zipfile", ZIP + "[sys.stdout.buffer.write(z.read(n)) for n in z.namelist()]"),
+        python("io, re, zipfile", ZIP),
     ),
     rb"BZh": ("bzip2", "bzcat"),
     rb"\xfd7zXZ": ("xz", "xzcat"),
@@ -175,7 +178,7 @@ def refuse_formats(path, head):
 def several_of(path):
     """Raises: InputError where a zip holds several files: they are unpacked first."""
     with zipfile.ZipFile(path) as z:
-        names = [n for n in z.namelist() if not n.endswith("/")]
+        names = [n for n in z.namelist() if not n.endswith("/") and not re.match(PAPERS, n)]
     if "xl/workbook.xml" in names:
         raise InputError("it is a spreadsheet. Save its sheet as text between tabs, in UTF-8")
     if len(names) > 1:

@@ -28,8 +28,8 @@ from data import read_lines
 from model import InputError
 
 BLOCK, BLOCKS = 100, 16  # lines that are compared with each other; such blocks of a file
-# Standard deviations. In ten languages right blocks had 12 and more, wrong ones at most 5, and
-# right ones of the built-in corpus, whose sentences are all alike, 10 and more.
+# Standard deviations. Right blocks had 10 and more in ten languages, and in the built-in corpus,
+# whose sentences are all alike; wrong ones at most 4.
 SURE = 7
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # a sign is a word
 WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+|[?!]")
