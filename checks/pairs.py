@@ -190,9 +190,6 @@ def fault(corpus, file, start, end, blocks):
         what = f"only {least} of {n} sentences of a side differ{where(bad)}"
         return bad, what, "Make it again"
     votes = np.concatenate([block["votes"] for block in blocks])
-    english, *sizes = np.mean([[block["english"], *block["words"]] for block in blocks], axis=0)
-    if len(votes) >= BLOCK and english < SOME and min(sizes) > 3:  # names have few such words
-        return blocks, "English is on neither side", "Make it again"
     if stretch(votes)[2] >= 10 or (votes < 0).sum() >= max(10, 0.2 * np.abs(votes).sum()):
         bad = [block for block in blocks if block["votes"].sum() < 0] or blocks
         return bad, *exchanged(corpus, start, end, file)
@@ -308,6 +305,7 @@ def noted(corpus, start, end):
     mean = {k: np.mean([b[k] for b in judged or [{k: math.nan}]]) for k in ("score", "loose")}
     return {k: float(v) for k, v in mean.items()} | {
         "words": np.mean([block["words"] for block in blocks], axis=0).tolist(),
+        "english": float(np.mean([block["english"] for block in blocks])),
         "english first": float((vote > 0).sum() / np.abs(vote).sum()) if vote.any() else math.nan,
         "repeated": int(
             (np.diff(np.sort(corpus.pairs[start:end].view(np.uint64)[:, 0])) == 0).sum()
@@ -343,6 +341,9 @@ def check(corpus, dev=None, sts=None, folder=None):
     yield from table([report for report, *_ in seen])
     for report, *rest in seen:
         refuse(*rest)
+        long = min(report["words"]) > 3  # names and labels have few words of SOME
+        if report["english"] < SOME and report["kept"] >= BLOCK and long:
+            yield f"  warning: {rest[1]}: English is on neither side"
         if report["english first"] < 1 - MIXED:
             yield f"  warning: {rest[1]}: English is second in {1 - report['english first']:.0%}"
         if report["loose"] > LOOSE:

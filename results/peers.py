@@ -38,8 +38,8 @@ from tokenizers import Tokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data  # noqa: E402 - found through the line above
 import model as M  # noqa: E402 - as above
-import train  # noqa: E402 - as above
-from tools import checkpoints  # noqa: E402 - as above
+import msd  # noqa: E402 - as above
+from tools import checkpoints, evaluation  # noqa: E402 - as above
 from tools.cli import Parser, run_cli  # noqa: E402 - as above
 
 # encode: texts -> (n, width); timed: as encode, for the timing; key: names the vectors in the
@@ -111,7 +111,7 @@ def ours(folder, prompt=None):
     facts = {
         "package": "this project's code",
         "arithmetic": str(model.dtype).removeprefix("torch.") + " (int8 weights)" * model.int8,
-        "parameters": M.ledger(model.config)["total"],
+        "parameters": msd.ledger(model.config)["total"],
         "megabytes": megabytes(*weights),
         "megabytes with tokenizer": megabytes(*weights, *tokenizers),
     }
@@ -208,10 +208,10 @@ def remembering(peer, cache):
 # ------------------------------------------------------------------------------------ the measures
 def quality(encode, sets, dev):
     """Spearman x 100 by set and their means; translation accuracy in %, both ways, by language."""
-    cosines = train.similarity_scores(encode, sets)
-    scores = {k: 100 * train.spearman(c, sets[k][2]) for k, c in cosines.items()}
-    _, mono, cross = train.mean_spearman(scores)
-    accuracy = {k: train.retrieval(*map(encode, sides)) for k, sides in dev.items()}
+    cosines = evaluation.similarity_scores(encode, sets)
+    scores = {k: 100 * evaluation.spearman(c, sets[k][2]) for k, c in cosines.items()}
+    _, mono, cross = evaluation.mean_spearman(scores)
+    accuracy = {k: evaluation.retrieval(*map(encode, sides)) for k, sides in dev.items()}
     row = {"mono": mono, "cross": cross, "by set": scores, "accuracy": accuracy}
     row["en-xx"], row["xx-en"] = np.mean(list(accuracy.values()), axis=0)
     return row
@@ -346,7 +346,7 @@ def show(rows, found):
     keys = ["mono", "cross", "en-xx", "xx-en", "megabytes", "megabytes with tokenizer"]
     keys += ["sentences_per_second"]
     values = {r["name"]: [r[k] for k in keys] for r in rows}
-    print("\n".join(train.aligned(heads, [".1f"] * 6 + [",.0f"], values)))
+    print("\n".join(evaluation.aligned(heads, [".1f"] * 6 + [",.0f"], values)))
     groups = ["en-xx", "xx-en", "en-xx, foreign distractors", "en-xx, questions", "en-xx, long"]
     heads = ["at 1, at 10, MRR", "en->xx", "", "", "xx->en", "", "", "to foreign", "", ""]
     heads += ["questions", "", "", "long", "", "", "largest N_1"]
@@ -355,7 +355,7 @@ def show(rows, found):
         r["name"]: [*(r[g][m] for g in groups for m in measures), r["hubs"]["N_1"]["largest"]]
         for r in found
     }
-    print("\n".join(train.aligned(heads, [".1f"] * 15 + ["d"], values)))
+    print("\n".join(evaluation.aligned(heads, [".1f"] * 15 + ["d"], values)))
 
 
 def main(argv=None):
@@ -380,11 +380,11 @@ def main(argv=None):
     for name, peer in peers.items():
         encode = remembering(peer, args.cache)
         rows.append({"name": name} | peer.facts | quality(encode, sets, dev) | machine)
-        M.note(f"{name}: mono {rows[-1]['mono']:.1f}, cross {rows[-1]['cross']:.1f}")
+        data.note(f"{name}: mono {rows[-1]['mono']:.1f}, cross {rows[-1]['cross']:.1f}")
         if name not in args.no_search:
             found.append({"name": name, "distractors": len(texts)})
             found[-1] |= search(encode, dev, texts, languages)
-            M.note(f"{name}: searched")
+            data.note(f"{name}: searched")
     for row, speed in zip(rows, speeds(peers, dev).values()):
         row["sentences_per_second"] = speed
     show(rows, found)

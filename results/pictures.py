@@ -101,6 +101,7 @@ def peers():
     if not file.exists():
         return []
     found = json.loads(file.read_text(encoding="utf-8"))
+    found = [x for x in found if not x["name"].startswith("student")]
     return [(x["megabytes"], x["mono"], x["cross"], x["name"]) for x in found]
 
 
