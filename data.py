@@ -146,7 +146,9 @@ def refuse_bad(path, report, first):
     if bad > lines / 100:
         what = f"{bad} of {lines} lines are bad, more than 1 %: {dict(report['bad'])}. First: "
         what += "; ".join(report["examples"][kind] for kind in report["bad"])
-    elif report["quoted"] > report["kept"] / 2 or forms.in_quotes(cells):
+    elif report["quoted"] > report["kept"] / 2:
+        what = f"most lines are in quotes, such as {report['examples']['quoted']}"
+    elif forms.in_quotes(cells):
         example = next(cell for cell in cells if cell[:1] == '"')
         what = f"cells are in quotes, such as {example[:60]}"
     elif max(scores, default=0) > len(first) / 2:

@@ -69,9 +69,9 @@ def is_header(sides):
     return bool(first and b and " " not in sides[0] + sides[1])
 
 
-def is_score(cell):
-    """Is this a score, an id, an address, or nothing?"""
-    return bool(SCORE.fullmatch(html.unescape(cell.strip())))
+def is_score(cell, pattern=SCORE):
+    """Is this a score, an id, an address, or nothing? By WORD: or one word."""
+    return bool(pattern.fullmatch(html.unescape(cell.strip())))
 
 
 def in_quotes(cells):
@@ -201,7 +201,7 @@ def text_columns(rows):
     def those_but(wrong):
         for i, cells in enumerate(columns):
             distinct = len(set(cells)) > max(len(cells) > 1, len(cells) / 10)
-            right = sum(not wrong.fullmatch(html.unescape(cell.strip())) for cell in cells)
+            right = sum(not is_score(cell, wrong) for cell in cells)
             if distinct and right > len(cells) / 2:
                 yield i
 
@@ -300,9 +300,12 @@ def from_cells(path, lines):
         if len(marked) <= len(lines) / 4:  # a cell may go on in the next line
             continue
         quoted = sum(line.strip()[-1:] == '"' or f'"{mark}' in line for line in marked)
-        cells = [cell for line in marked for cell in line.split(mark)]
-        is_csv = name == "CSV" or mark == "\t" and (quoted > len(marked) / 2 or in_quotes(cells))
-        rows = csv_rows(lines, mark) if is_csv else [line.split(mark) for line in marked]
+        rows = [line.split(mark) for line in marked]
+        is_csv = name == "CSV"
+        if mark == "\t":
+            is_csv = quoted > len(marked) / 2 or in_quotes([cell for row in rows for cell in row])
+        if is_csv:
+            rows = csv_rows(lines, mark)
         if not rows:
             continue
         width, n = Counter(map(len, rows)).most_common(1)[0]

@@ -232,6 +232,14 @@ def test_in_quotes_leaves_plain_text():
     assert forms.in_quotes([f'"He said ""no"" {i}"' for i in range(10)] + ["plain"] * 99)
 
 
+def test_refuse_bad_quotes_far_down(tmp_path):
+    """Most lines are in quotes, but not the first ones by which a file is judged."""
+    rows = [(f"The dog {i}", f"Der Hund {i}") for i in range(forms.SAMPLE)]
+    rows += [(f'"{a}"', f'"{b}"') for a, b in rows + rows[:9]]
+    with pytest.raises(M.InputError, match="most lines are in quotes, such as .*:1001: "):
+        list(data.read_pairs(write(tmp_path / "a.tsv", tsv(rows)), {}))
+
+
 def test_refuse_bad_scores(tmp_path):
     for side in ("0.98", "tatoeba-17", "https://a.b/c", "17", "1,200"):
         for row in ((side, "The dog sleeps."), ("The dog sleeps.", side)):
