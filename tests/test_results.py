@@ -92,6 +92,16 @@ def test_every_file_is_shown():
     assert files == shown
 
 
+def test_pages_name_tests_that_are_there():
+    """README's audit table has its own test; the other pages name tests, too."""
+    tests = [ROOT / "test_msd.py", *(ROOT / "tests").glob("test_*.py")]
+    there = set(re.findall(r"^def (test_\w+)", "".join(f.read_text("utf-8") for f in tests), re.M))
+    named = set()
+    for page in [ROOT / "README.md", *(ROOT / "results").glob("*.md")]:
+        named |= set(re.findall(r"`(test_\w+)`", page.read_text("utf-8")))
+    assert len(named) > 30 and named <= there, named - there
+
+
 def test_peers_are_those_of_their_files():
     page = (ROOT / "results/peers.md").read_text(encoding="utf-8")
     keys = ("megabytes", "mono", "cross", "en-xx", "xx-en")
