@@ -234,7 +234,8 @@ def atomic(path):
         for old in (f for f in path.parent.iterdir() if f.name.startswith(prefix)):
             where, _, process = old.name.removeprefix(prefix).partition("@")
             ours = where == place() and Path("/proc/self").exists()
-            if ours and not Path("/proc", process).exists():  # it was killed in a save
+            killed = ours and not Path("/proc", process).exists()  # in a save
+            if killed or old == tmp:  # of our number, before a restart
                 delete(old)
         try:
             yield tmp
@@ -249,6 +250,8 @@ def atomic(path):
         finally:
             delete(tmp)
             delete(tmp.with_name(f"{tmp.name}.new"))  # of model.write_safetensors
+    except BrokenPipeError:  # of what was printed meanwhile
+        raise
     except OSError as e:
         fix = "nothing there was changed. Free some space or choose another folder, then repeat"
         raise InputError(f"{path}: cannot write ({e.strerror or e}); {fix}") from e

@@ -7,8 +7,7 @@ The one file to copy where a model is used, and the one that travels with an exp
 folder that load() is given, computes, and writes the folder that save() is given; nothing else.
 
 Shapes, everywhere in this project: N sentences, T tokens, H hidden size, h heads, d = H / h,
-B bottleneck, V vocabulary, K unique layers, R recurrences.
-"""
+B bottleneck, V vocabulary, K unique layers, R recurrences."""
 
 import contextlib
 import functools
@@ -40,7 +39,7 @@ def need(ok, message):
 
 def is_out_of_memory(e):
     """Does an exception say so? On a CPU torch's is a RuntimeError."""
-    return isinstance(e, MemoryError) or re.search("(out of|allocate) memory", str(e))
+    return isinstance(e, MemoryError) or re.search("(out of|allocate|not enough) memory", str(e))
 
 
 @contextlib.contextmanager
@@ -111,10 +110,8 @@ ACTIVATIONS |= {"sigmoid": torch.sigmoid, "identity": nn.Identity()}
 
 
 class Int8Weight:
-    """A module whose weight (m, n) may be int8; row i is then weight[i] * scale[i], scale (m,).
-
-    It stays so in memory and widens in use: a matrix in each call, of a table the rows looked up.
-    """
+    """A module whose weight (m, n) may be int8; row i is then weight[i] * scale[i], scale (m,). It
+    stays so in memory and widens in use: a matrix in each call, of a table the rows looked up."""
 
     def _load_from_state_dict(self, state, prefix, *how):
         """Make room for int8 rows, in buffers, as parameters must be floating."""
@@ -131,7 +128,7 @@ class Linear(Int8Weight, nn.Linear):
     """A linear map whose weights follow the dtype of its input, then an activation. They are cast
     once a call: autocast makes more copies, which cost more than the products at these sizes."""
 
-    packed = None  # the weight in oneDNN's own order, while Encoder.packed() lasts
+    packed = None  # the weight in oneDNN's own order, while Encoder.at_work() lasts
 
     def forward(self, x, activation="identity"):
         weight = self.weight.to(x.dtype)
@@ -340,17 +337,20 @@ class Encoder(nn.Module):
         return put(ids, device or self.device), put(mask, device or self.device)
 
     @contextlib.contextmanager
-    def packed(self):
-        """While it lasts, the layers' matrices, not int8 ones, are there in oneDNN's order, too:
-        10 to 20 % faster, for a copy in memory. The weights must not change meanwhile."""
-        maps = [m for m in self.layers.modules() if isinstance(m, Linear)]
+    def at_work(self, pack):
+        """In eval mode while it lasts. pack: with the layers' matrices, not int8 ones, in oneDNN's
+        order, too: 10 to 20 % faster, for a copy. The weights must not change meanwhile."""
+        was_training = self.training
+        maps = [m for m in self.layers.modules() if isinstance(m, Linear) and pack]
         try:
+            self.eval()
             for m in maps if not self.int8 else ():
                 m.packed = torch.ops.mkldnn._reorder_linear_weight(m.weight.to(self.dtype), 512)
             yield
         finally:
             for m in maps:
                 m.packed = None
+            self.train(was_training)
 
     @torch.inference_mode()
     def embed(self, flat, starts, embeddings_only=False, progress=None, most=None):
@@ -358,18 +358,17 @@ class Encoder(nn.Module):
 
         Sorted by length and cut by a budget of tokens: padding costs almost nothing and memory
         stays bounded. progress: called with (done, all). most: sentences at once."""
-        lengths, was_training = np.diff(starts), self.training
-        self.eval()
+        lengths = np.diff(starts)
         # Measured: a thread's activations should stay in its cache, a GPU wants to be filled.
         threads = min(16, torch.get_num_threads())
         on_cpu = threads * (512 if self.dtype == torch.bfloat16 else 256)
         budget = 2**16 if self.device.type == "cuda" else on_cpu
         order = np.argsort(-lengths, kind="stable")
         width = self.config.hidden_size if embeddings_only else self.config.width
-        out = torch.empty(len(lengths), width, device=self.device)
+        out = torch.empty(len(lengths), width, dtype=torch.float32, device=self.device)
         pays = len(flat) > 2**15 and has_onednn(self.device.type, self.dtype)  # some ms a call
         i = 0
-        with self.packed() if pays else contextlib.nullcontext():
+        with self.at_work(pays):
             while i < len(order):
                 n = max(1, min(most or len(order), budget // int(lengths[order[i]])))
                 rows = order[i : i + n]
@@ -377,7 +376,6 @@ class Encoder(nn.Module):
                 i += len(rows)
                 if progress:
                     progress(i, len(order))
-        self.train(was_training)
         out = out.cpu().numpy()
         need(np.isfinite(out).all(), "the model's vectors are not finite: are its weights damaged?")
         return out
@@ -409,6 +407,8 @@ class Encoder(nn.Module):
         folder = Path(folder)
         need(not new or not folder.exists(), f"{folder}: is there already; choose another folder")
         if weights is None:
+            whole = next(self.layers.parameters()).dtype == torch.float32
+            need(whole, "its weights were rounded to bfloat16; load it with dtype='float32'")
             state = self.state_dict().items()
             weights = {k: t.float() if t.is_floating_point() else t for k, t in state}
         for name, t in weights.items():
@@ -671,8 +671,8 @@ def best_dtype(device):
     if torch.device(device).type == "cuda":
         what, has = "GPU", torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        cpu = torch.cpu
-        what, has = "CPU", cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported()
+        asks = "_is_amx_tile_supported", "_is_avx512_bf16_supported"  # from torch 2.5 on
+        what, has = "CPU", any(getattr(torch.cpu, ask, bool)() for ask in asks)
     name = "bfloat16" if has else "float32"
     return name, f"the {what} has {'' if has else 'no '}bfloat16 units"
 

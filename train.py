@@ -6,8 +6,7 @@ Random, and from --seed: the order of batches, dropout, a start from noise (--in
 demo's teacher. Fixed: samples of text (for the alignment, for dev, for a look), the demo's corpus,
 the resamples of the bootstrap.
 
-    arguments | the run | the loop | checkpoint and log | the stages | the pipeline | the end
-"""
+    arguments | the run | the loop | checkpoint and log | the stages | the pipeline | the end"""
 
 import argparse
 import contextlib
@@ -176,8 +175,7 @@ class Run:
     what read_inputs adds. All processes do the same; the first one alone writes.
 
     files: of --train, --extra and --dev. identity: what makes it this run. result: its last model.
-    trained: that one is there, only the table is missing; what came before may be gone.
-    """
+    trained: that one is there, only the table is missing; what came before may be gone."""
 
     def __init__(self, args):
         self.args, self.out = args, args.out
@@ -267,7 +265,7 @@ def keep_memory():
     with contextlib.suppress(OSError, TypeError, AttributeError):  # no glibc, nothing to do
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; an old glibc's most
 
 
 def run_identity(args, files):
@@ -353,7 +351,8 @@ def deferred_signals():
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    before = {n: signal.signal(n, defer) for n in (signal.SIGINT, signal.SIGTERM)}
+    both = signal.SIGINT, signal.SIGTERM  # a script's job in the background ignores the first
+    before = {n: signal.signal(n, defer) for n in both if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield caught
     finally:
@@ -619,8 +618,7 @@ def share_of(run, n):
 def pipeline(run):
     """The paper's figure: teacher, assistant, student's start, stages 2, 3 and 4, then the table.
 
-    Each step is skipped where its folder is there: the same command continues a run.
-    """
+    Each step is skipped where its folder is there: the same command continues a run."""
     read_inputs(run)
     write_run_json(run)
     args, out, stage_dir = run.args, run.out, run.out / "stages"
@@ -794,6 +792,8 @@ def main(argv=None):
         pipeline(run)
     if run.rank == 0:
         report(run)
+    if run.world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

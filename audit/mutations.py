@@ -280,7 +280,7 @@ def main():
     ap.add_argument("words", nargs="*", metavar="WORD")
     ap.add_argument("--list", action="store_true")
     ap.add_argument("--rows", action="store_true")
-    ap.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    ap.add_argument("--jobs", type=int, default=os.cpu_count())
     args = ap.parse_args()
     table, where = list(changes()), test_files()
     if wrong := list(faults(table, where)):

@@ -231,8 +231,10 @@ def letters():
 
 def sums(text, begins):
     """(n,): of the sentences that begin at these characters of a text, the sums of letters()."""
-    points = np.frombuffer(text.encode("utf-32-le"), np.uint32) & 0xFFFF
-    return np.add.reduceat(letters()[points], begins)
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    found = letters()[points & 0xFFFF]
+    found[points > 0xFFFF] = 0  # emoji and rare letters: their keys decide
+    return np.add.reduceat(found, begins)
 
 
 def leaks(corpus, held, chunk=100_000):
@@ -354,14 +356,21 @@ def check(corpus, dev=None, sts=None, folder=None):
 
 def main(argv):
     """Print those lines of standard input that have no sentence of these files, or folders."""
-    files = [f for a in map(Path, argv) for f in (sorted(a.glob("[!.]*")) if a.is_dir() else [a])]
-    keys = {key(cell) for f in files for line in read_lines(f) for cell in line.split("\t")} - {""}
+    texts = "[!.]*.t[xs][tv]*"  # .txt, .tsv, .gz or not
+    files = [f for a in map(Path, argv) for f in (sorted(a.glob(texts)) if a.is_dir() else [a])]
+    cells = (cell for f in files for line in read_lines(f) for cell in line.split("\t")[:2])
+    keys = set(map(key, cells)) - {""}  # a third column holds scores
     for line in sys.stdin:
         if not any(key(cell) in keys for cell in line.split("\t")):
             print(line, end="")
 
 
 if __name__ == "__main__":
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    main(sys.argv[1:])
+    from tools.cli import run_cli  # only here: tools stand above checks
+
+    def filtered():
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+        main(sys.argv[1:])
+
+    run_cli(filtered)

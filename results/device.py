@@ -22,9 +22,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data  # noqa: E402 - found through the line above
+import model as M  # noqa: E402 - as above
 import msd  # noqa: E402 - as above
 import train  # noqa: E402 - as above
 from tools.checkpoints import load  # noqa: E402 - as above
+from tools.cli import run_cli  # noqa: E402 - as above
 
 ROUNDS = 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,7 +101,9 @@ class Step:
         self.tokens, self.at_once = self.model.tokenize(s + t), True
         lengths = np.diff(self.tokens[1]).reshape(2, -1)
         order = data.batch_order(lengths.max(0), size, 0)
-        self.batches = itertools.cycle([rows for rows in order if len(rows) == size])
+        whole = [rows for rows in order if len(rows) == size]
+        M.need(whole, f"--batch {size}: {len(order[0])} pairs are too few")
+        self.batches = itertools.cycle(whole)
         self.lengths, self.shapes = lengths.sum(0), set()
         self.optimizer = train.make_optimizer(self.model, 1e-5)
         self.target = torch.randn(size, self.model.config.width, device=self.model.device)
@@ -188,4 +192,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -18,7 +18,8 @@ import json, resource, sys, time
 sys.path.insert(0, {root!r})
 import numpy, torch
 from tools.checkpoints import load
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+unit = 1 if sys.platform == "darwin" else 1024
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 texts = [" ".join(f"word{{i % (k + 7)}}" for k in range(9)) for i in range(1000)]
 base, begun = peak(), time.perf_counter()
 m = load({folder!r}, {dtype!r}, "cpu")
@@ -26,7 +27,8 @@ m = load({folder!r}, {dtype!r}, "cpu")
 THEIRS = """
 import json, resource, sys, time
 import numpy, sentence_transformers, torch
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+unit = 1 if sys.platform == "darwin" else 1024
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 texts = [" ".join(f"word{{i % (k + 7)}}" for k in range(9)) for i in range(1000)]
 base, begun = peak(), time.perf_counter()
 m = sentence_transformers.SentenceTransformer({folder!r}, device="cpu")

@@ -35,6 +35,21 @@ def test_atomic_folder_that_appears_at_the_last_moment(tmp_path, monkeypatch):
     assert {f.name for f in tmp_path.iterdir()} == {"x", other.name}
 
 
+def test_atomic_takes_away_what_its_number_left(tmp_path):
+    """A container that starts again counts its processes from the start."""
+    left = write(tmp_path / f".x.tmp-{data.place()}@{os.getpid()}" / "half", "half").parent
+    with data.atomic(tmp_path / "x") as tmp:
+        assert tmp == left and not left.exists()
+        write(tmp / "whole", "ours")
+    assert [f.name for f in tmp_path.iterdir()] == ["x"]
+
+
+def test_atomic_closed_pipe_is_no_full_disk(tmp_path):
+    with pytest.raises(BrokenPipeError), data.atomic(tmp_path / "x"):
+        raise BrokenPipeError
+    assert not list(tmp_path.iterdir())
+
+
 def test_atomic_full_disk_keeps_the_last_good_file(tmp_path, tokenizer):
     """RLIMIT_FSIZE stands in for a full disk: a clear message, and what was there stays whole."""
     code = f"""

@@ -17,6 +17,45 @@ from test_msd import HERE, TEXTS, tiny, write
 from tests.test_checkpoints import edit, folder  # noqa: F401 - a fixture
 from tools.export import SHIPPED, describe_code, export
 
+
+def test_encode_that_fails_leaves_the_model_as_it_was(tokenizer):
+    """Interrupted, out of memory: it trains on with dropout."""
+    m = tiny(tokenizer).train()
+
+    def interrupt(done, n):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        m.encode(TEXTS, progress=interrupt)
+    assert m.training and m.layers.training
+
+
+def test_encode_gives_float32_under_another_default(tokenizer):
+    m = tiny(tokenizer)
+    want = m.encode(TEXTS)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = m.encode(TEXTS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == np.float32 and np.allclose(got, want, atol=1e-6)
+
+
+def test_save_refuses_weights_that_were_rounded(tokenizer, tmp_path):
+    tiny(tokenizer).save(tmp_path / "m")
+    with pytest.raises(M.InputError, match="rounded to bfloat16; load it with dtype='float32'"):
+        M.load(tmp_path / "m", "bfloat16").save(tmp_path / "n")
+    assert not (tmp_path / "n").exists()
+    M.load(tmp_path / "m", "bfloat16", train=True).save(tmp_path / "n")  # in training they are not
+
+
+def test_best_dtype_of_an_older_torch(monkeypatch):
+    """Before 2.5 torch.cpu could not be asked."""
+    for ask in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, ask)
+    assert M.best_dtype("cpu") == ("float32", "the CPU has no bfloat16 units")
+
+
 PROGRAM = """
 import sys, numpy, model
 texts = {texts!r}

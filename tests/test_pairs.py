@@ -495,6 +495,30 @@ def test_check_finds_leaks(tmp_path, made):
     assert told[-1].startswith("  0 of 284 ")
 
 
+def test_check_finds_leaks_with_emoji(tmp_path, made):
+    """A key has letters alone; those beyond 16 bits are looked up by their keys."""
+    train = made[0]["de"]
+    held = [(f"{a} {sign}", f"{sign} {b}") for (a, b), sign in zip(train, "🤣🤔🥰😀𐐷")]
+    dev = data.build_corpus([write(tmp_path / "en-de.tsv", tsv(held))], tmp_path / "cache")
+    _, told = checked(tmp_path / "train", {"en-de.tsv": train}, dev, {}, None)
+    assert "  8 of 10 sentences of --dev" in told[-2]  # 𐐷 is a letter: another sentence
+
+
+def test_main_drops_sentences_and_not_scores(tmp_path, made):
+    """A folder's other files are not read, and a score is no sentence."""
+    folder = tmp_path / "sts"
+    write(folder / "STS.en-de.txt", "a red dog\tein roter Hund\t2.4\n")
+    (folder / "sts.zip").write_bytes(b"PK\x03\x04")
+    (folder / "notes").mkdir()
+    text = "24\tvierundzwanzig\nA red dog!\tein Hund\n"
+    command = [sys.executable, "-m", "checks.pairs"]
+    done = subprocess.run([*command, folder], input=text, capture_output=True, text=True, cwd=HERE)
+    assert done.stdout == "24\tvierundzwanzig\n" and not done.stderr
+    gone = tmp_path / "gone.tsv"
+    done = subprocess.run([*command, gone], input=text, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 2 and re.fullmatch(f"error: {gone}: .*\n", done.stderr)
+
+
 def test_check_judges_each_similarity_set(tmp_path, made):
     """A small set may be in the training text whole."""
     train, folder = made[0]["de"], tmp_path / "sts"

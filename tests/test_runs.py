@@ -542,6 +542,21 @@ def test_run_cli_out_of_memory(allocate, capsys):
     assert said.startswith("error: out of memory") and "--batch" in said and "a file" not in said
 
 
+@pytest.mark.parametrize("out, code, said", [("/dev/full", 2, "error: [Errno 28]"), ("|", 1, "")])
+def test_run_cli_says_what_fails_at_the_end(out, code, said):
+    """What was printed waits in a buffer: a full disk or a closed pipe shows when it is written."""
+    body = "import sys; from tools.cli import run_cli; run_cli(lambda: print('x'))"
+    shell = f"{shlex.quote(sys.executable)} -c {shlex.quote(body)}"
+    if out == "|":  # the reader has gone before anything comes
+        shell = f"({{ sleep 0.2; {shell}; echo $? >&2; }}) | true"
+    else:
+        shell = f"{shell} > {out}; echo $? >&2"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, cwd=HERE, env=env)
+    *lines, last = done.stderr.splitlines()
+    assert int(last) == code and len(lines) == bool(said) and "".join(lines).startswith(said)
+
+
 def test_run_cli_lets_a_bug_be_seen():
     with pytest.raises(RuntimeError, match="a bug"):
         cli.run_cli(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))

@@ -38,7 +38,7 @@ def test_main_of_the_tools_uses_a_model(world, finished, tmp_path, capsys):
     if Path("/dev/full").exists():
         with open("/dev/full", "wb") as full, open(lines, "rb") as f:
             end = subprocess.run([str(a) for a in encode], stdin=f, stdout=full, stderr=-1)
-        assert end.returncode and end.stderr.startswith(b"error: [Errno 28] No space left")
+        assert end.returncode == 2 and end.stderr.startswith(b"error: [Errno 28] No space left")
     (tmp_path / "v.npy").write_bytes(done.stdout)
     want = M.load(student, "float32").encode(["red old", "blue new"])
     assert np.array_equal(np.load(tmp_path / "v.npy"), want)

@@ -357,6 +357,17 @@ def test_fit_leaves_after_the_step_of_a_signal(tmp_path, number):
     assert M.read_safetensors(tmp_path / "checkpoint.safetensors")[1]["step"] == "3"
 
 
+def test_deferred_signals_leaves_an_ignored_one_ignored():
+    """A script's job in the background: the keyboard's signal is not for it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with train.deferred_signals() as caught:
+            signal.raise_signal(signal.SIGINT)
+        assert not caught and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def a_training(place):
     """A Training that is saved after 5 of 9 steps."""
     toy = Toy()

@@ -1,6 +1,7 @@
 """A command line's manners: complaints of one line, exit codes, text from files."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
@@ -42,6 +43,12 @@ def number(kind, low, below=2**31, n=None):
     return parse
 
 
+def drop_output():
+    """What standard output could not take goes nowhere: Python would try again at exit."""
+    with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:  # OSError: no real file
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
 def run_cli(main):
     """Call a command line's main(); an error that one can mend becomes one line and exit code 2."""
     for name in ("stdin", "stdout", "stderr"):  # a closed one's number would go to the next file
@@ -50,11 +57,16 @@ def run_cli(main):
     for stream in (sys.stdout, sys.stderr):  # a console of one byte a character shows escapes
         stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # what fails at exit would be no line
     except BrokenPipeError:
+        drop_output()
         sys.exit(1)
     except (InputError, OSError) as e:  # OSError: a full disk under the log, standard output
         print(f"error: {e}", file=sys.stderr)
+        drop_output()
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

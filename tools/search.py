@@ -40,6 +40,7 @@ def corpus_vectors(args, lines, model):
                 units = all(abs(np.linalg.norm(x, axis=1) - 1).max() < 0.01 for x in blocks(out))
                 need(units, "not all rows are unit vectors")
                 return out
+            del tensors, out  # Windows replaces no file that is mapped
     maker = load(args.index, args.dtype) if args.index else model
     if (width := maker.config.width) != shape[1]:
         widths = f"{args.model} makes vectors of {shape[1]}, {source} of {width}"
