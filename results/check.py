@@ -3,9 +3,10 @@
     python results/check.py
 
 In results/*.md a row's last column, `file`, says which runs of real/ it shows: `student-{0,1,2}`
-are three seeds, `all: assistant` is the row "assistant" of all.json, without it the run's last.
-Several are joined by " + ". The README's table says the same in a comment above it, row by row,
-"-" for none. A table without that column says "no file" in the paragraph above it.
+are three seeds, `all: assistant` is the row "assistant" of all.json, without it the run's last;
+`b of a` takes the last model of a.json for A. Several are joined by " + ". The README's table says
+the same in a comment above it, row by row, "-" for none. A table without that column says "no file"
+in the paragraph above it.
 """
 
 import functools
@@ -31,8 +32,8 @@ def read(name):
 class Row:
     """One row of one run's table: what the columns are computed from."""
 
-    def __init__(self, name, key=None):
-        self.name, self.run = name, read(name)
+    def __init__(self, name, key=None, base=None):
+        self.name, self.run, self.base = name, read(name), base
         self.key = key or list(self.run["rows"])[-1]
         self.row = self.run["rows"][self.key]
 
@@ -40,7 +41,9 @@ class Row:
         return self.row["sizes"]["total"]
 
     def assistant(self, cut=False):
-        """The run's assistant, with its whole vocabulary or as the run cut it."""
+        """The run's assistant, with its whole vocabulary or as the run cut it; or that of base."""
+        if self.base and not cut:
+            return Row(self.base)
         whole = "assistant, given"
         return Row(self.name, "assistant" if cut or whole not in self.run["rows"] else whole)
 
@@ -106,10 +109,11 @@ def seeds(text):
     """[Row] of a cell such as `a-{0,1}: student, stage 3 + b`."""
     found = []
     for part in text.replace("`", "").split(" + "):
-        name, _, key = part.strip().partition(": ")
+        name, _, base = part.strip().partition(" of ")
+        name, _, key = name.partition(": ")
         head, _, rest = name.partition("{")
         middle, _, tail = rest.partition("}")
-        found += [Row(head + x + tail, key or None) for x in middle.split(",")]
+        found += [Row(head + x + tail, key or None, base) for x in middle.split(",")]
     return found
 
 

@@ -81,6 +81,14 @@ def test_check_page_names_a_missing_file_or_row():
     assert "student, stage 9" in check.check_page(table.format("all: student, stage 9"))[2][0]
 
 
+def test_check_page_takes_another_base():
+    table = "| | mono, % of A | file |\n|---|---|---|\n| a | {} % | `all of {}` |\n"
+    of = [check.Row("all").mean("mono") / check.Row(b).mean("mono") for b in ("assistant", "all")]
+    assert f"{100 * of[0]:.1f}" != f"{100 * of[1]:.1f}" == "100.0"
+    assert not check.check_page(table.format(f"{100 * of[0]:.1f}", "assistant"))[2]
+    assert check.check_page(table.format(f"{100 * of[0]:.1f}", "all"))[2]
+
+
 def test_every_file_is_shown():
     shown = set()
     for page in check.PAGES:
