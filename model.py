@@ -403,12 +403,12 @@ class Encoder(nn.Module):
         weights: by our names; None: its own, in float32, int8 ones as they are. new: refuse a
         folder that is there. Names in the files are Hugging Face's.
         Raises: InputError, before anything is written, if the folder is there or a weight is not
-        finite; OSError where it cannot be written, such as to a full disk."""
+        finite or was rounded by load(); OSError where it cannot be written: a full disk."""
         folder = Path(folder)
         need(not new or not folder.exists(), f"{folder}: is there already; choose another folder")
         if weights is None:
-            whole = next(self.layers.parameters()).dtype == torch.float32
-            need(whole, "its weights were rounded to bfloat16; load it with dtype='float32'")
+            rounded = next(self.layers.parameters()).dtype == torch.bfloat16
+            need(not rounded, "its weights were rounded to bfloat16; load it with dtype='float32'")
             state = self.state_dict().items()
             weights = {k: t.float() if t.is_floating_point() else t for k, t in state}
         for name, t in weights.items():

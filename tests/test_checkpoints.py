@@ -422,7 +422,7 @@ def test_collect_limit_and_pad_token_of_tokenizer_config(folder, tokenizer, tmp_
     raw = (root / "tokenizer.json").read_text("utf-8").replace('"<pad>"', '"<PAD>"')
     write(root / "tokenizer.json", raw)
     write(root / "tokenizer_config.json", '{"pad_token": "<PAD>", "model_max_length": 9}')
-    m = checkpoints.load(root)
+    m = checkpoints.load(root, "float32")
     assert m.config.max_seq_length == 9 and m.config.pad_token_id == 1
     m.save(tmp_path / "again")
     assert checkpoints.load(tmp_path / "again").config == m.config
