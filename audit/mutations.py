@@ -280,7 +280,8 @@ def main():
     ap.add_argument("words", nargs="*", metavar="WORD")
     ap.add_argument("--list", action="store_true")
     ap.add_argument("--rows", action="store_true")
-    ap.add_argument("--jobs", type=int, default=os.cpu_count())
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)  # not on macOS
+    ap.add_argument("--jobs", type=int, default=len(allowed))
     args = ap.parse_args()
     table, where = list(changes()), test_files()
     if wrong := list(faults(table, where)):

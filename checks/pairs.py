@@ -354,10 +354,13 @@ def check(corpus, dev=None, sts=None, folder=None):
     yield from told
 
 
-def main(argv):
-    """Print those lines of standard input that have no sentence of these files, or folders."""
+def main():
+    """Print those lines of standard input that have no sentence of the files, or folders, named."""
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     texts = "[!.]*.t[xs][tv]*"  # .txt, .tsv, .gz or not
-    files = [f for a in map(Path, argv) for f in (sorted(a.glob(texts)) if a.is_dir() else [a])]
+    named = map(Path, sys.argv[1:])
+    files = [f for a in named for f in (sorted(a.glob(texts)) if a.is_dir() else [a])]
     cells = (cell for f in files for line in read_lines(f) for cell in line.split("\t")[:2])
     keys = set(map(key, cells)) - {""}  # a third column holds scores
     for line in sys.stdin:
@@ -368,9 +371,4 @@ def main(argv):
 if __name__ == "__main__":
     from tools.cli import run_cli  # only here: tools stand above checks
 
-    def filtered():
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-        main(sys.argv[1:])
-
-    run_cli(filtered)
+    run_cli(main)

@@ -13,23 +13,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-OURS = """
+HEAD = """
 import json, resource, sys, time
+unit = 1 if sys.platform == "darwin" else 1024
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+texts = [" ".join(f"word{i % (k + 7)}" for k in range(9)) for i in range(1000)]
+"""
+OURS = """
 sys.path.insert(0, {root!r})
 import numpy, torch
 from tools.checkpoints import load
-unit = 1 if sys.platform == "darwin" else 1024
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-texts = [" ".join(f"word{{i % (k + 7)}}" for k in range(9)) for i in range(1000)]
 base, begun = peak(), time.perf_counter()
 m = load({folder!r}, {dtype!r}, "cpu")
 """
 THEIRS = """
-import json, resource, sys, time
 import numpy, sentence_transformers, torch
-unit = 1 if sys.platform == "darwin" else 1024
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-texts = [" ".join(f"word{{i % (k + 7)}}" for k in range(9)) for i in range(1000)]
 base, begun = peak(), time.perf_counter()
 m = sentence_transformers.SentenceTransformer({folder!r}, device="cpu")
 """
@@ -42,7 +40,7 @@ print(json.dumps([seconds, loaded, peak() - base]))
 
 def measure(program, rounds, **values):
     """[seconds to load, MB after loading, MB after encoding], medians."""
-    command = [sys.executable, "-c", program.format(**values) + END]
+    command = [sys.executable, "-c", HEAD + program.format(**values) + END]
     done = [subprocess.run(command, check=True, capture_output=True).stdout for _ in range(rounds)]
     return [statistics.median(x) for x in zip(*(json.loads(d.splitlines()[-1]) for d in done))]
 
