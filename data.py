@@ -105,13 +105,12 @@ def read_pairs(path, report, max_chars=250, max_lines=None):
     bad by reason; of those kept, how many are untranslated, quoted or damaged; examples.
     Raises: InputError at the end if more than 1 % of the lines are bad, or a side is no text.
     """
-    report |= {"file": Path(path).name, "bad": Counter(), "examples": {}} | dict.fromkeys(COUNTS, 0)
-
-    first = []
+    name, first = Path(path).name, []
+    report |= {"file": name, "bad": Counter(), "examples": {}} | dict.fromkeys(COUNTS, 0)
 
     def count(what, number, text):
         report[what] += 1
-        report["examples"].setdefault(what, f"{path}:{number}: {text[:60]!r}")
+        report["examples"].setdefault(what, f"{name}:{number}: {text[:60]!r}")
 
     for number, text in enumerate(itertools.islice(read_lines(path), max_lines), 1):
         report["lines"] += 1
@@ -122,7 +121,7 @@ def read_pairs(path, report, max_chars=250, max_lines=None):
             kind = fault.split(" (")[0]
             report["bad"][kind] += 1
             expected = f"expected english<TAB>translation, found {text[:60]!r}"
-            report["examples"].setdefault(kind, f"{path}:{number}: {fault}; {expected}")
+            report["examples"].setdefault(kind, f"{name}:{number}: {fault}; {expected}")
         elif number == 1 and forms.is_header(sides):
             count("header", number, text)
         elif max(map(len, sides)) > max_chars:
@@ -233,6 +232,7 @@ def atomic(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in (f for f in path.parent.iterdir() if f.name.startswith(prefix)):
             where, _, process = old.name.removeprefix(prefix).partition("@")
+            process = process.removesuffix(".new")  # of model.write_safetensors
             ours = where == place() and Path("/proc/self").exists()
             killed = ours and not Path("/proc", process).exists()  # in a save
             if killed or old == tmp:  # of our number, before a restart
@@ -249,7 +249,7 @@ def atomic(path):
                     raise
         finally:
             delete(tmp)
-            delete(tmp.with_name(f"{tmp.name}.new"))  # of model.write_safetensors
+            delete(tmp.with_name(f"{tmp.name}.new"))
     except BrokenPipeError:  # of what was printed meanwhile
         raise
     except OSError as e:
@@ -328,7 +328,8 @@ class Corpus:
             if n[kind]:
                 shares = [r[kind] / (r["kept"] or 1) for r in self.report]
                 i = shares.index(max(shares))  # the file that has most
-                fix = f"; mend it: {forms.piped(self.files[i], mend)}" if mend else ""
+                mended = "mend it and give the new file in its place"
+                fix = f"; {mended}: {forms.piped(self.files[i], mend)}" if mend else ""
                 warning, fix = ("warning: ", fix) if shares[i] > limit else ("", "")
                 of_file = f" ({shares[i]:.1%} of {self.files[i]})" * (len(shares) > 1)
                 example = f"{what}{of_file}, such as {examples.pop(kind)}"

@@ -47,7 +47,7 @@ SAVE_SECONDS = 60  # between checkpoints: what a crash in training can cost
 EVALS = 4  # dev evaluations a stage; the best one's weights are kept
 
 # -------------------------------------------------------------------------------------- arguments
-# Flags that may differ when a run goes on; another device changes the bits, and may the dtype.
+# Flags that may differ when a run goes on; another device changes the bits. --dtype may not.
 FREE = {"out", "cache", "device", "keep"}
 
 

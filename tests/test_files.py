@@ -44,6 +44,16 @@ def test_atomic_takes_away_what_its_number_left(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["x"]
 
 
+def test_atomic_leaves_what_a_living_process_is_writing(tmp_path):
+    """Process 1 lives; a number beyond the largest there can be does not."""
+    prefix = f".x.tmp-{data.place()}@"
+    alive = [write(tmp_path / f"{prefix}1{end}", "theirs") for end in ("", ".new")]
+    dead = [write(tmp_path / f"{prefix}{2**40}{end}", "left") for end in ("", ".new")]
+    with data.atomic(tmp_path / "x") as tmp:
+        write(tmp, "ours")
+    assert all(f.exists() for f in alive) and not any(f.exists() for f in dead)
+
+
 def test_atomic_closed_pipe_is_no_full_disk(tmp_path):
     with pytest.raises(BrokenPipeError), data.atomic(tmp_path / "x"):
         raise BrokenPipeError

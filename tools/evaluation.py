@@ -22,8 +22,8 @@ def look_at_teacher(teacher, corpus):
     alike = "\n  warning: all sentences look alike to this teacher; is it the right pooling?"
     return (
         f"teacher: width {teacher.config.width}, mean norm {norm:.3f}, mean cosine of different "
-        f"sentences {cosine:.3f}, {cut:.1%} truncated; MSE of the best constant guess {error:.5f}: "
-        f"a loss term near it has learnt nothing{alike if cosine > 0.8 else ''}"
+        f"sentences {cosine:.3f}, {cut:.1%} at its limit; MSE of the best constant guess "
+        f"{error:.5f}: a loss term near it has learnt nothing{alike if cosine > 0.8 else ''}"
     )
 
 

@@ -27,7 +27,7 @@ from tools.checkpoints import POOLING, load
 FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}  # in class names
 FAMILIES |= {"camembert": "Camembert"}
 SHIPPED = (Path(M.__file__), Path(__file__).with_name("sentence_encoder.py"))
-BYTES = {"float32": 4, "float16": 2, "int8": 1}  # a parameter, in the files that export makes
+BYTES = {"float32": 4, "float16": 2, "int8": 1}  # a parameter of a matrix, as export stores it
 
 
 def export(folder, out, weights="float32", onnx=False, plain=False):
@@ -203,7 +203,9 @@ def origin(folder):
         assistant = given["assistant"] or ["made of the teacher"]
         files = ", ".join(name for name, _ in given["train"] + given["extra"]) or "built in"
         text += f"Teacher: {teacher[0]}; assistant: {assistant[0]}; data: {files}; "
-        text += f"seed {given['seed']}; code: {results['git'] or 'unknown'}.\n"
+        text += f"seed {given['seed']}; code: {results['git'] or 'unknown'}.\n\n"
+        paper = "[arXiv 2209.05869](https://arxiv.org/abs/2209.05869)"
+        text += f"Made by multi-stage distillation ({paper}).\n"
         seen = {x for pair in scores for x in pair.split("-")} | set(row["accuracy"])
         codes = {re.split("[-_]", x)[0] for x in seen}  # pt of pt_BR; a hub refuses what is none
         codes = {x for x in codes if re.fullmatch("[a-z]{2,3}", x)}
@@ -280,8 +282,7 @@ tags: [sentence-transformers, feature-extraction, multilingual]
 
 Sentences to vectors, compared by cosine. Its weights are stored in {weights}.
 
-{made}Made by multi-stage distillation ([arXiv 2209.05869](https://arxiv.org/abs/2209.05869)).
-The licences of teacher, assistant and training data apply to this model; the code is MIT.
+{made}The licences of what it was made of apply to this model; the code is MIT.
 
 {code}{textwrap.indent(uses + (bare if plain else here) + others * onnx, "    ")}
 Its shape, and its size by part and precision:
