@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 STUDENTS = (  # of the published assistant, by size
     "one-pass-5",
     "under-10-million-no-contrast-{0,1,2}",
-    "one-pass-20",
+    "e5-20",
     "published-cut-192",
     "published-cut-256",
     "published-cut-{0,1,2}",
