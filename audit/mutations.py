@@ -280,8 +280,9 @@ def main():
     ap.add_argument("words", nargs="*", metavar="WORD")
     ap.add_argument("--list", action="store_true")
     ap.add_argument("--rows", action="store_true")
-    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)  # not on macOS
-    ap.add_argument("--jobs", type=int, default=len(allowed))
+    has_limits = hasattr(os, "sched_getaffinity")  # not macOS
+    cores = len(os.sched_getaffinity(0)) if has_limits else os.cpu_count()
+    ap.add_argument("--jobs", type=int, default=cores)
     args = ap.parse_args()
     table, where = list(changes()), test_files()
     if wrong := list(faults(table, where)):

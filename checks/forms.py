@@ -1,8 +1,8 @@
 """Why a line is no pair, what a file is that holds none, and the command that makes pairs of it.
 
-The commands are of Python's own libraries or of programs that are everywhere, but for pandas, for
-parquet; line ends and tabs within a cell become spaces. data.py asks here; nothing here reads more
-than it is given.
+The commands are of Python's own libraries or of programs that are everywhere; that for parquet
+needs pandas. Line ends and tabs within a cell become spaces. data.py asks here; nothing here reads
+more than it is given.
 """
 
 import contextlib

@@ -286,8 +286,8 @@ def told_leaks(corpus, dev, sts, folder):
         files = [*(dev.files if dev else ()), *([folder] if sts else ())]
         command = f"python -m checks.pairs {shlex.join(map(str, files))}"
         names = ", ".join(f"{share:.0%} of {name}" for name, share in bad.items())
-        files = f"in {len(counts)} files such as this, and give the new ones in their place"
-        fix = f"Drop them, {files}: {piped(worst, command)}"
+        where = f"in {len(counts)} files such as this, and give the new ones in their place"
+        fix = f"Drop them, {where}: {piped(worst, command)}"
         yield f"  warning: so are {names}. {fix}"
 
 

@@ -337,6 +337,7 @@ def test_export_command_and_card(world, finished, tmp_path):
     origin = "Teacher: teacher; assistant: made of the teacher; data: en-de.tsv; seed 0; code: "
     found = r"Translations found: [\d.]+ % from English, [\d.]+ % into it"
     assert origin in text and re.search(found, text), text
+    assert "Made by multi-stage distillation" in text
     sizes = ("embedding", "layers", "other", "total", "MB float32", "MB float16", "MB int8")
     for part in ("my-{model}", "en-no 70.0; mean", "in float16", "licence", "MIT", *sizes):
         assert part in text, part
@@ -354,6 +355,7 @@ def test_export_command_and_card(world, finished, tmp_path):
     for i, foreign in enumerate(("[1]", '{"rows": []}', "{")):  # another program's results.json
         write(tmp_path / "results.json", foreign)
         export(tmp_path / "student", tmp_path / f"out{i}")
+        assert "distillation" not in (tmp_path / f"out{i}" / "README.md").read_text("utf-8")
     file = tmp_path / "out0" / "config_sentence_transformers.json"
     assert json.loads(file.read_text()) == prompts  # all of them, for encode_query and its like
     assert load(tmp_path / "out0").config.prompt == "q: "
