@@ -13,7 +13,7 @@ from svg import Axes, Picture
 
 HERE = Path(__file__).resolve().parent
 STUDENTS = (  # of the published assistant, by size
-    "one-pass-5",
+    "two-passes-5",
     "under-10-million-no-contrast-{0,1,2}",
     "e5-20",
     "published-cut-192",
